@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU feed-forward kernel's interface: one checked call, described by plain sizes and pointers.
+// csrc/op and csrc/python fill a Problem after the contract has accepted the call; ffn.cc drives the kernels of
+// the instruction set chosen at load (ffn-inl.h, instantiated by isa_*.cc). Knows neither torch nor Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ffn::cpu {
+
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kInt4, kInt32, kInt64, kUInt64 };
+
+enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeGlu, kSwiGlu, kReGlu };
+
+inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
+
+// A weight matrix of each expert: element (e, k, n) is at e * expert_stride + k * row_stride + n * col_stride, in
+// elements, from `data`. One of row_stride and col_stride is 1 (both [K, N] and transposed nn.Linear weights are
+// read in place). kInt4 is always dense [E, K, N]: two elements per byte along N, low nibble first.
+struct Weight {
+  const void* data = nullptr;
+  int64_t expert_stride = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+};
+
+// Everything about one product that is stored per output channel. Null pointers mean "absent". All are dense.
+struct Channels {
+  const void* bias = nullptr;              // [E, N]; dtype bias_dtype
+  const void* deq_scale = nullptr;         // [E, N]; dtype deq_dtype (w8a8 only)
+  const void* antiquant_scale = nullptr;   // [E, G, N]; x's dtype (antiquant only)
+  const void* antiquant_offset = nullptr;  // [E, G, N]; x's dtype (antiquant only)
+  int64_t G = 1;                           // groups along K; row k belongs to group k / (K / G)
+};
+
+// y = act(x W1 + b1) W2 + b2. Sizes as everywhere: x is [M, K1], W1 [E, K1, N1], W2 [E, K2, N2], y [M, N2]; GLU has
+// N1 == 2 * K2, every other activation N1 == K2. A dense call has E == 1 and row_ends {M}.
+// x and y are dense row-major. The numerics are contract.md section e, as docs/numerics.md lists them for the CPU.
+struct Problem {
+  DType x_dtype = DType::kFloat32;
+  DType weight_dtype = DType::kFloat32;
+  DType y_dtype = DType::kFloat32;
+  DType bias_dtype = DType::kFloat32;
+  DType deq_dtype = DType::kFloat32;  // of deq_scale1 and deq_scale2: kUInt64, kInt64, kFloat32 or kBFloat16
+  Activation activation = Activation::kRelu;
+  bool high_precision = false;  // fp16 weights only: inner_precise == 0
+  bool per_channel_scale = false;  // w8a8: scale is [E, N1] instead of [E]
+  int64_t M = 0, K1 = 0, N1 = 0, K2 = 0, N2 = 0, E = 1;
+  const void* x = nullptr;
+  Weight weight1, weight2;
+  Channels channels1, channels2;
+  const float* scale = nullptr;   // w8a8: [E] or [E, N1]
+  const float* offset = nullptr;  // w8a8: [E]
+  const int64_t* row_ends = nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
+  void* y = nullptr;
+};
+
+// Runs body(context, i) for every i in [0, threads), possibly in parallel, possibly one after the other: a body never
+// waits for another one. `threads` is how many can run at once. Nothing may throw inside a body.
+struct ParallelFor {
+  int64_t threads = 1;
+  void* self = nullptr;
+  void (*run)(void* self, int64_t count, void (*body)(void* context, int64_t i), void* context) = nullptr;
+};
+
+// Computes one call with the kernels of `isa` (null: the selected one; tests name others). Throws std::bad_alloc,
+// before any work, when the scratch cannot be allocated, and std::runtime_error for an isa that cannot run here.
+void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
+
+// Bytes of scratch RunFfn allocates for this problem: bounded, see ffn.cc.
+size_t ScratchBytes(const Problem& problem, int64_t threads);
+
+// Names of the instruction sets compiled in, best first, ending with "generic".
+const char* const* CompiledIsas(size_t* count);
+bool IsaSupported(const char* name);  // by this machine and its operating system
+// The one in use: the best supported, or what the environment variable FFN_OPS_ISA names. Throws
+// std::runtime_error with a sentence when that name is unknown or the machine lacks it.
+const char* SelectedIsa();
+
+}  // namespace ffn::cpu
