@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets setuptools build the compiled modules with CMake; everything else about the package is in pyproject.toml."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+# Kept between builds, so that an edit recompiles only what it touches. One for each Python and machine.
+BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-{sys.platform}-{platform.machine()}"
+BUILD_TOOLS = "pip install -c constraints.txt setuptools cmake ninja pybind11 torch"
+
+
+def check_prerequisites() -> None:
+    """One sentence for what is missing, instead of CMake's page."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        sys.exit(
+            "ffn-ops has a C++ part, but no compiler was found (install g++ or clang++, or name one in CXX)"
+        )
+    for package in ("cmake", "ninja", "pybind11", "torch"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            sys.exit(f"ffn-ops is built with {package}, which this Python does not have ({BUILD_TOOLS})")
+        if package == "torch" and tuple(map(int, version.split(".")[:2])) < (2, 10):
+            sys.exit(
+                f"torch is {version}, but ffn-ops is built for the stable ABI of torch 2.10 or later ({BUILD_TOOLS})"
+            )
+
+
+class CMakeBuild(build_ext):
+    def build_extensions(self) -> None:
+        check_prerequisites()
+        import cmake
+        import ninja
+
+        run_cmake = Path(cmake.CMAKE_BIN_DIR, "cmake")
+        run_ninja = Path(ninja.BIN_DIR, "ninja")
+        try:
+            subprocess.run(
+                [run_cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={run_ninja}"]
+                + [f"-DPython_EXECUTABLE={sys.executable}"],
+                check=True,
+            )
+            subprocess.run([run_cmake, "--build", BUILD], check=True)
+        except subprocess.CalledProcessError:
+            sys.exit(
+                "ffn-ops could not be built: the first error above is the cause (a compiler must know C++17)"
+            )
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(BUILD / target.name), str(target))
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The operator's library is not a Python module: torch loads it, and its name carries no Python ABI.
+        if fullname.endswith("_op"):
+            return str(Path(*fullname.split("."))) + ".so"
+        return str(super().get_ext_filename(fullname))
+
+
+setup(
+    ext_modules=[Extension("ffn_ops._op", []), Extension("ffn_ops._native", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
