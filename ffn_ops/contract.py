@@ -1,0 +1,704 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract: every call the feed-forward operator accepts, stated once.
+
+Tables say which tensors exist (OPERANDS), which dtype combinations run (MODES) and what must hold (RULES).
+`resolve` checks one call against them and returns a `Plan`, or raises the first violated rule in table order;
+`violations` lists all of them. The fake kernel, `explain`, the tests and the README's mode table use this module, and
+the build emits the tables to C++ (`--emit`), where csrc/contract evaluates them without Python. Standard library only.
+
+Sizes: x is [..., K1] with M rows, weight1 [K1, N1], weight2 [K2, N2], each with a leading E when experts are used;
+G1 and G2 are the antiquant groups of weight1 and weight2. int4 weights are described in int4 elements.
+Source: the vendor's aclnnFFNV3 documentation and checks; docs/architecture.md says how a call passes through.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+GLU = ("geglu", "swiglu", "reglu")
+ACTIVATIONS = ("fastgelu", "gelu", "relu", "silu", *GLU)
+ROUTES = ("cpu", "fused")  # the CPU kernels; aclnnFFNV3
+# Target -> the implemented routes that may carry a call there, best first.
+TARGETS = {"cpu": ("cpu",), "ascend910b": ("fused",), "ascend310p": ("fused",)}
+
+# Every dtype a tensor may arrive with, and its bits per element; "other" stands for all the rest.
+DTYPES = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "int32": 32, "int64": 64, "uint64": 64,
+    "float64": 64, "int16": 16, "uint8": 8, "uint16": 16, "uint32": 32, "bool": 8, "complex32": 32,
+    "complex64": 64, "complex128": 128, "other": 8,
+}  # fmt: skip
+
+
+class Mode(NamedTuple):
+    """One row of dtypes that run together. An empty column means the operand must be left out."""
+
+    name: str
+    routes: str
+    x: str
+    weight: str
+    y: str
+    bias: str
+    scale: str = ""
+    deq_scale: str = ""
+    antiquant: str = ""
+    tokens: str = "int64"
+
+
+# The dtypes of x, weight1 and (for int8 x) output_dtype choose the mode; the first row is output_dtype's default.
+MODES = (
+    #    name          routes       x           weight      y           bias
+    Mode("float32",    "cpu",       "float32",  "float32",  "float32",  "float32"),
+    Mode("fp16",       "cpu fused", "float16",  "float16",  "float16",  "float16"),
+    Mode("bf16",       "cpu fused", "bfloat16", "bfloat16", "bfloat16", "float32"),
+    Mode("w8a8",       "cpu fused", "int8",     "int8",     "float16",  "int32", "float32", "uint64 int64 float32"),
+    Mode("w8a8_bf16",  "cpu fused", "int8",     "int8",     "bfloat16", "int32", "float32", "bfloat16"),
+    Mode("w8a16",      "cpu fused", "float16",  "int8",     "float16",  "float16", antiquant="float16"),
+    Mode("w8a16_bf16", "cpu fused", "bfloat16", "int8",     "bfloat16", "float32", antiquant="bfloat16"),
+    Mode("w4a16",      "cpu fused", "float16",  "int4",     "float16",  "float16", antiquant="float16"),
+    Mode("w4a16_bf16", "cpu fused", "bfloat16", "int4",     "bfloat16", "float32", antiquant="bfloat16"),
+)  # fmt: skip
+FLOAT_MODES = ("float32", "fp16", "bf16")
+
+
+class Operand(NamedTuple):
+    """A tensor of the call: its dtype column in MODES, the shapes it may have, and how to mend a wrong one.
+
+    Shapes are axes by name. `*` is x's leading axes; `E?` is there exactly when experts are used, `G1?` exactly when
+    antiquant_scale1 is per group; `E|1` is E with experts and 1 without. `cpu dense:` limits a shape to that route
+    and to calls without experts (torch_npu's own tests pass deq_scale as [1, N]).
+    """
+
+    column: str
+    shapes: tuple[str, ...]
+    dtype_fix: str = ""
+    shape_fix: str = ""
+
+
+_BIAS_FIX = "cast it: float32 beside bfloat16 x, int32 beside int8 x, else x's dtype"
+_ANTIQUANT_FIX = "cast it to x's dtype"
+_ANTIQUANT_SHAPE = "scales and offsets of weight1 and weight2 are all per channel or all per group"
+OPERANDS = {
+    "x": Operand("x", ("* K1",), "", "K1 is weight1's rows: nn.Linear stores [out, in], so pass its weight.t()"),
+    "weight1": Operand("weight", ("E? K1 N1",), "", "three axes exactly when expert_tokens names experts"),
+    "weight2": Operand(
+        "weight", ("E? K2 N2",), "give both weights one dtype", "three axes exactly when expert_tokens names experts"
+    ),
+    "expert_tokens": Operand("tokens", ("E",), "cast it with .long()", "one entry for each expert"),
+    "bias1": Operand("bias", ("E? N1",), _BIAS_FIX, "N1 is weight1's columns"),
+    "bias2": Operand("bias", ("E? N2",), _BIAS_FIX, "N2 is weight2's columns"),
+    "scale": Operand("scale", ("E|1", "E? N1"), "cast it with .float()", "one value for each expert, or each column"),
+    "offset": Operand("scale", ("E|1",), "cast it with .float()", "one value for each expert, never per column"),
+    "deq_scale1": Operand(
+        "deq_scale", ("E? N1", "cpu dense: 1 N1"),
+        "output_dtype=bfloat16 goes with bfloat16; float16 with ffn_ops.packing.pack_deq_scale", "N1 is weight1's columns",
+    ),
+    "deq_scale2": Operand(
+        "deq_scale", ("E? N2", "cpu dense: 1 N2"),
+        "output_dtype=bfloat16 goes with bfloat16; float16 with ffn_ops.packing.pack_deq_scale", "N2 is weight2's columns",
+    ),
+    "antiquant_scale1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, "N1 is weight1's columns"),
+    "antiquant_scale2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
+    "antiquant_offset1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
+    "antiquant_offset2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
+    "out": Operand("y", ("* N2",), "allocate it with this dtype", "allocate it with x's leading sizes"),
+    "output_dtype": Operand("y", (), "leave it out, or name this dtype"),  # an argument, checked like a dtype
+}  # fmt: skip
+OPTIONAL = ("expert_tokens", "bias1", "bias2", "out", "output_dtype")
+
+# What a rule looks at. Sizes first; then codes and flags: activation, mode and target are positions in their tables,
+# experts, per_group and per_channel are 0 or 1, `name.dtype` is a position in DTYPES. A fact that the call does not
+# determine (a size behind a missing operand, a symbolic M) is unknown, and rules that need it are passed over.
+FACTS = (
+    "M", "K1", "N1", "K2", "N2", "E", "G1", "G2", "rank", "inner_precise",
+    "activation", "mode", "target", "experts", "per_group", "per_channel",
+    *(f"{name}.dtype" for name in OPERANDS),
+)  # fmt: skip
+_VALUES: dict[str, Sequence[str]] = {"activation": ACTIVATIONS, "target": tuple(TARGETS)}
+_VALUES["mode"] = tuple(mode.name for mode in MODES)
+
+# Condition -> (fact, the values it may have).
+CONDITIONS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "glu": ("activation", GLU),
+    "not glu": ("activation", ACTIVATIONS[:4]),
+    "experts": ("experts", (1,)),
+    "per group": ("per_group", (1,)),
+    "per channel": ("per_channel", (1,)),
+    "int4": ("weight1.dtype", ("int4",)),
+    "int8 x": ("x.dtype", ("int8",)),
+    "16-bit x": ("x.dtype", ("float16", "bfloat16")),
+    "bf16": ("mode", ("bf16",)),
+    "310p": ("target", ("ascend310p",)),
+}
+
+
+class Rule(NamedTuple):
+    """One thing that must hold. `check` is one of the closed set of kinds that `_holds` evaluates:
+
+    given, left_out, dtype, shape    args = (operand)
+    one_of                           args = (fact, *values)
+    equal                            args = (fact, factor, fact): the first is factor times the second
+    multiple                         args = (fact, fact or number): the first is divisible by the second
+    between                          args = (fact, least, most)
+    known_activation, known_mode, addressable   named predicates, written by hand here and in csrc/contract
+    """
+
+    name: str
+    routes: str
+    when: tuple[str, ...]
+    check: str
+    args: tuple[str | int, ...]
+    text: str
+
+
+def _operand_rules() -> Iterator[Rule]:
+    """Presence, then dtype, of every operand against the mode's columns."""
+    families = {
+        "scale": "scale, offset, deq_scale1 and deq_scale2 go together, with int8 x and int8 weights",
+        "deq_scale": "scale, offset, deq_scale1 and deq_scale2 go together, with int8 x and int8 weights",
+        "antiquant": "the four antiquant tensors go together, with integer weights and 16-bit x; zero offsets are symmetric",
+    }
+    for name, operand in OPERANDS.items():
+        if operand.column in families:
+            fix = families[operand.column]
+            yield Rule(f"{name}-needed", "cpu fused", (), "given", (name,),
+                       f"{name} is missing, but mode {{mode}} needs it ({fix})")  # fmt: skip
+            yield Rule(f"{name}-unused", "cpu fused", (), "left_out", (name,),
+                       f"{name} is given, but mode {{mode}} takes none ({fix})")  # fmt: skip
+    for name, operand in OPERANDS.items():
+        if name not in ("x", "weight1"):  # these two choose the mode
+            yield Rule(f"{name}-dtype", "cpu fused", (), "dtype", (name,),
+                       f"{name} is {{dtype}}, but mode {{mode}} takes {{dtypes}} ({operand.dtype_fix})")  # fmt: skip
+
+
+def _shape_rules() -> Iterator[Rule]:
+    for name, operand in OPERANDS.items():
+        if operand.shapes:
+            yield Rule(f"{name}-shape", "cpu fused", (), "shape", (name,),
+                       f"{name} has shape {{shape}}, but it must be {{pattern}} ({operand.shape_fix})")  # fmt: skip
+
+
+_PAIRS = ", ".join(dict.fromkeys(f"{mode.x} with {mode.weight}" for mode in MODES))
+BOTH = "cpu fused"
+# In the order in which they are reported.
+RULES = (
+    Rule("activation", BOTH, (), "known_activation", (),
+         f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (upper and lower case are the same)"),
+    Rule("mode", BOTH, (), "known_mode", (),
+         f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast one of them)"),
+    Rule("mode-on-npu", "fused", (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
+         "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
+    *_operand_rules(),
+    Rule("deq_scale-same-dtype", BOTH, (), "equal", ("deq_scale1.dtype", 1, "deq_scale2.dtype"),
+         "deq_scale2 is {deq_scale2.dtype}, but deq_scale1 is {deq_scale1.dtype} and both must have one dtype (convert one of them)"),
+    Rule("per-channel-scale-needs-packed-deq_scale", "fused", ("per channel",), "one_of",
+         ("deq_scale1.dtype", "uint64", "int64", "bfloat16"),
+         "deq_scale1 is {deq_scale1.dtype}, but a per-channel scale excludes float32 (convert it with ffn_ops.packing.pack_deq_scale)"),
+    Rule("x-rank", BOTH, (), "between", ("rank", 2, 8),
+         "x has {rank} dimensions, but the operator takes 2 to 8 (reshape x)"),
+    *_shape_rules(),
+    Rule("glu-columns", BOTH, ("glu",), "equal", ("N1", 2, "K2"),
+         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = 2 * K2 (weight1 holds both halves)"),
+    Rule("columns", BOTH, ("not glu",), "equal", ("N1", 1, "K2"),
+         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = K2 (the second product follows the first)"),
+    Rule("output-size", BOTH, (), "equal", ("N2", 1, "K1"),
+         "weight2 has N2 = {N2} columns, but y has x's shape, so N2 must be K1 = {K1} (pad or project outside)"),
+    Rule("int4-even-columns1", BOTH, ("int4",), "multiple", ("N1", 2),
+         "weight1 has N1 = {N1} int4 columns, but two share a byte, so N1 must be even (pad a column)"),
+    Rule("int4-even-columns2", BOTH, ("int4",), "multiple", ("N2", 2),
+         "weight2 has N2 = {N2} int4 columns, but two share a byte, so N2 must be even (pad a column)"),
+    Rule("per-group-int4-only", "fused", ("per group",), "one_of", ("weight1.dtype", "int4"),
+         "weight1 is {weight1.dtype}, but per-group antiquant scales are for int4 weights (use [N] scales, or int4 weights)"),
+    Rule("groups1", BOTH, ("per group",), "between", ("G1", 1, 2**63 - 1),
+         "antiquant_scale1 has G1 = {G1} groups, but there must be at least one (use [1, N1])"),
+    Rule("groups2", BOTH, ("per group",), "between", ("G2", 1, 2**63 - 1),
+         "antiquant_scale2 has G2 = {G2} groups, but there must be at least one (use [1, N2])"),
+    Rule("groups1-divide", BOTH, ("per group",), "multiple", ("K1", "G1"),
+         "antiquant_scale1 has G1 = {G1} groups, but they must divide K1 = {K1} (choose another group size)"),
+    Rule("groups2-divide", BOTH, ("per group",), "multiple", ("K2", "G2"),
+         "antiquant_scale2 has G2 = {G2} groups, but they must divide K2 = {K2} (choose another group size)"),
+    Rule("K1-limit", "fused", (), "between", ("K1", 0, 65535),
+         "weight1 has K1 = {K1} rows, but aclnnFFNV3 takes at most 65535 (split the layer)"),
+    Rule("K2-limit", "fused", (), "between", ("K2", 0, 65535),
+         "weight2 has K2 = {K2} rows, but aclnnFFNV3 takes at most 65535 (split the layer)"),
+    # 131071 products of -128 * -128 are the most that an int32 sum holds.
+    Rule("K1-int32-sum", "cpu", ("int8 x",), "between", ("K1", 0, 131071),
+         "weight1 has K1 = {K1} rows, but an int32 sum of int8 products holds at most 131071 (split the layer)"),
+    Rule("K2-int32-sum", "cpu", ("int8 x",), "between", ("K2", 0, 131071),
+         "weight2 has K2 = {K2} rows, but an int32 sum of int8 products holds at most 131071 (split the layer)"),
+    # floor(INT32_MAX / b) * b with b = 32 bytes / sizeof(x): the vendor's tiling, contract section c.3.
+    Rule("M-limit", "fused", ("16-bit x",), "between", ("M", 0, 2147483632),
+         "x has M = {M} rows, but aclnnFFNV3 takes at most 2147483632 of 16 bits (split x)"),
+    Rule("M-limit-int8", "fused", ("int8 x",), "between", ("M", 0, 2147483616),
+         "x has M = {M} rows, but aclnnFFNV3 takes at most 2147483616 of int8 (split x)"),
+    Rule("E-limit", "fused", ("experts",), "between", ("E", 1, 256),
+         "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
+    Rule("inner_precise", BOTH, (), "one_of", ("inner_precise", 0, 1),
+         "inner_precise is {inner_precise}, but it must be 0 (high precision) or 1 (high performance) (leave it out for the default)"),
+    Rule("inner_precise-bf16", BOTH, ("bf16", "not glu"), "one_of", ("inner_precise", 0),
+         "inner_precise is {inner_precise}, but mode bf16 has high precision only (leave it out, or pass 0)"),
+    Rule("inner_precise-glu", "fused", ("glu",), "one_of", ("inner_precise", 1),
+         "inner_precise is {inner_precise}, but {activation} has high performance only (leave it out, or pass 1)"),
+    Rule("inner_precise-310p", "fused", ("310p",), "one_of", ("inner_precise", 1),
+         "inner_precise is {inner_precise}, but ascend310p has high performance only (leave it out, or pass 1)"),
+    Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
+         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in float16 only (cast to float16, or use the cpu target)"),
+    Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
+         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 (dequantize the weights)"),
+    Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
+         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
+    Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
+         "mode {mode} does not exist on ascend310p, which has fp16 only (cast to float16)"),
+    Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
+         "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use another target)"),
+    Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
+         "x has {rank} dimensions, but ascend310p takes exactly 2 (flatten the leading ones)"),
+    Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
+         "expert_tokens names E = {E} experts, but ascend310p has dense calls only (call once for each expert)"),
+    Rule("addressable", BOTH, (), "addressable", (),
+         "the shapes hold 2**63 bytes or more in one tensor, which no memory has (check the sizes)"),
+)  # fmt: skip
+
+
+class ContractError(ValueError):
+    """A call that the contract does not allow. The text names subject, value, rule and fix."""
+
+
+class Spec(NamedTuple):
+    """What the contract sees of a tensor: a name from DTYPES and the sizes; None is a size not known yet."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+class Violation(NamedTuple):
+    rule: str
+    text: str
+
+
+class Plan(NamedTuple):
+    """A checked call: what to compute and by which route, free of tensors and of torch."""
+
+    mode: Mode
+    route: str
+    activation: str
+    dims: dict[str, int | None]  # M K1 N1 K2 N2 E G1 G2; E is 0 without experts
+    inner_precise: int
+    per_channel: bool  # scale has one value for each column
+    per_group: bool
+    out: Spec
+
+
+class _Call(NamedTuple):
+    specs: Mapping[str, Spec]
+    activation: str  # as the caller wrote it
+    mode: Mode | None
+    facts: dict[str, int | None]
+
+
+def resolve(
+    specs: Mapping[str, Spec], activation: str, *, inner_precise: int | None = None, target: str = "cpu"
+) -> Plan:
+    """Checks a call for `target` and returns its plan.
+
+    `specs` maps names of OPERANDS to what is known of them; absent operands are left out, and the argument
+    output_dtype is given as Spec(dtype, ()). Raises ContractError with the first violated rule of the target's first
+    route if no route takes the call.
+    """
+    first = None
+    for route in TARGETS[target]:
+        call = _describe(specs, activation, inner_precise, target)
+        broken = next(_violations(call, route), None)
+        if broken is None:
+            return _plan(call, route)
+        first = first or broken
+    assert first is not None
+    raise ContractError(first.text)
+
+
+def violations(
+    specs: Mapping[str, Spec], activation: str, route: str, *, inner_precise: int | None = None, target: str = "cpu"
+) -> tuple[Violation, ...]:
+    """Every rule of `route` that the call breaks, in table order; empty when the route takes it."""
+    return tuple(_violations(_describe(specs, activation, inner_precise, target), route))
+
+
+def row_ends(expert_tokens: Sequence[int], M: int, tokens_index_flag: bool) -> list[int]:
+    """The end row of each expert from its values (contract section d). Raises ContractError when they do not fit M.
+
+    Only the CPU can check values: on a device they are not read. csrc/contract holds the twin.
+    """
+    ends, end = [], 0
+    for e, value in enumerate(expert_tokens):
+        if value < (end if tokens_index_flag else 0):
+            raise ContractError(
+                f"expert_tokens[{e}] is {value}, but end rows start at 0 and cannot decrease "
+                "(leave tokens_index_flag out to pass counts)"
+                if tokens_index_flag
+                else f"expert_tokens[{e}] is {value}, but a count of rows cannot be negative "
+                "(pass the number of rows of each expert)"
+            )
+        end = value if tokens_index_flag else end + value
+        if end > M:
+            raise ContractError(
+                f"expert_tokens[{e}] is {value}, but then experts own more than the M = {M} rows of x "
+                f"(their total must be M; {'end rows' if tokens_index_flag else 'counts'} were expected)"
+            )
+        ends.append(end)
+    if ends and end != M:
+        raise ContractError(
+            f"expert_tokens covers {end} rows, but x has M = {M} (every row needs an expert: drop the rest of x)"
+        )
+    return ends
+
+
+def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | None, target: str) -> _Call:
+    """Derives the facts. Each size has one source, so that a disagreement is always the other tensor's."""
+
+    def axis(name: str, position: int, least_rank: int) -> int | None:
+        shape = specs[name].shape if name in specs else ()
+        return shape[position] if len(shape) >= least_rank else None
+
+    facts: dict[str, int | None] = dict.fromkeys(FACTS)
+    tokens = specs["expert_tokens"].shape if "expert_tokens" in specs else (0,)
+    facts["experts"] = int(len(tokens) == 0 or tokens[0] != 0)
+    if not facts["experts"]:
+        facts["E"] = 0
+    elif len(tokens) == 1:
+        facts["E"] = tokens[0]
+    facts["K1"], facts["N1"] = axis("weight1", -2, 2), axis("weight1", -1, 2)
+    facts["K2"], facts["N2"] = axis("weight2", -2, 2), axis("weight2", -1, 2)
+    facts["rank"] = len(specs["x"].shape)
+    facts["M"] = _product(specs["x"].shape[:-1])
+    scale1 = specs["antiquant_scale1"].shape if "antiquant_scale1" in specs else ()
+    facts["per_group"] = int(len(scale1) == 2 + facts["experts"])
+    if facts["per_group"]:
+        facts["G1"], facts["G2"] = scale1[-2], axis("antiquant_scale2", -2, 2)
+    scale = specs["scale"].shape if "scale" in specs else (1,)
+    facts["per_channel"] = int(len(scale) == 2 if facts["experts"] else len(scale) == 1 and scale[0] != 1)
+
+    codes = list(DTYPES)
+    for name, spec in specs.items():
+        facts[f"{name}.dtype"] = codes.index(spec.dtype)
+    name = activation.lower() if activation.isascii() else ""
+    facts["activation"] = ACTIVATIONS.index(name) if name in ACTIVATIONS else None
+    facts["target"] = list(TARGETS).index(target)
+    if inner_precise is None:
+        inner_precise = int(name in GLU or target == "ascend310p")
+    facts["inner_precise"] = inner_precise
+
+    pair = (specs["x"].dtype, specs["weight1"].dtype)
+    rows = [mode for mode in MODES if (mode.x, mode.weight) == pair]
+    asked = specs["output_dtype"].dtype if "output_dtype" in specs else None
+    mode = next((row for row in rows if row.y == asked), rows[0] if rows else None)
+    facts["mode"] = MODES.index(mode) if mode else None
+    return _Call(specs, activation, mode, facts)
+
+
+def _violations(call: _Call, route: str) -> Iterator[Violation]:
+    for rule in RULES:
+        if route not in rule.routes.split():
+            continue
+        if all(_member(call.facts, *CONDITIONS[name]) for name in rule.when) and not _holds(rule, call, route):
+            yield Violation(rule.name, _render(rule, call, route))
+
+
+def _member(facts: Mapping[str, int | None], fact: str, values: Sequence[str | int]) -> bool:
+    return facts[fact] in _codes(fact, values)
+
+
+def _codes(fact: str, values: Sequence[str | int]) -> list[int]:
+    names = tuple(DTYPES) if fact.endswith(".dtype") else _VALUES.get(fact, ())
+    return [value if isinstance(value, int) else names.index(value) for value in values]
+
+
+def _columns(mode: Mode, operand: str) -> list[str]:
+    """The dtypes that `mode` takes for `operand`."""
+    return getattr(mode, OPERANDS[operand].column).split()
+
+
+def _holds(rule: Rule, call: _Call, route: str) -> bool:
+    facts, args = call.facts, rule.args
+    operand = str(args[0]) if args else ""
+    if rule.check == "known_activation":
+        return facts["activation"] is not None
+    if rule.check == "known_mode":
+        return call.mode is not None
+    if rule.check == "addressable":
+        return all(
+            (count := _product(spec.shape)) is None or count * DTYPES[spec.dtype] // 8 < 2**63
+            for spec in call.specs.values()
+        )
+    if rule.check == "given":
+        return call.mode is None or operand in call.specs or not _columns(call.mode, operand)
+    if rule.check == "left_out":
+        return call.mode is None or operand not in call.specs or bool(_columns(call.mode, operand))
+    if rule.check == "dtype":
+        accepted = _columns(call.mode, operand) if call.mode else []
+        return not accepted or operand not in call.specs or call.specs[operand].dtype in accepted
+    if rule.check == "shape":
+        return operand not in call.specs or any(
+            _fits(call, operand, shape) for shape in SHAPES[operand] if _applies(shape, call, route)
+        )
+    value = facts[operand]
+    if value is None:
+        return True
+    if rule.check == "one_of":
+        return value in _codes(operand, args[1:])
+    if rule.check == "between":
+        least, most = args[1:]
+        return int(least) <= value <= int(most)
+    if rule.check == "equal":
+        other = facts[str(args[2])]
+        return other is None or value == int(args[1]) * other
+    assert rule.check == "multiple", rule.check
+    divisor = args[1] if isinstance(args[1], int) else facts[args[1]]
+    return not divisor or value % divisor == 0
+
+
+class Shape(NamedTuple):
+    """One concrete shape of an operand, and when it applies: routes, and 0/1 values of experts and per_group."""
+
+    routes: tuple[str, ...]
+    experts: tuple[int, ...]
+    per_group: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    limit, _, pattern = text.rpartition(":")
+    routes = ("cpu",) if "cpu" in limit.split() else ROUTES
+    for experts in (0,) if "dense" in limit.split() else (0, 1):
+        for per_group in (0, 1):
+            axes = []
+            for axis in pattern.split():
+                if axis == "E|1":
+                    axis = "E" if experts else "1"
+                if (axis == "E?" and not experts) or (axis in ("G1?", "G2?") and not per_group):
+                    continue
+                axes.append(axis.rstrip("?"))
+            yield Shape(routes, (experts,), (per_group,), tuple(axes))
+
+
+def _merge(shapes: Iterator[Shape]) -> tuple[Shape, ...]:
+    """Joins shapes that differ only in when they apply."""
+    merged: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]], Shape] = {}
+    for shape in shapes:
+        key = (shape.routes, shape.axes, shape.experts)
+        before = merged.get(key)
+        merged[key] = shape._replace(per_group=before.per_group + shape.per_group) if before else shape
+    return tuple(merged.values())
+
+
+# Operand -> its shapes with every optional axis spelled out.
+SHAPES = {
+    name: _merge(shape for text in operand.shapes for shape in _shapes(text)) for name, operand in OPERANDS.items()
+}
+
+
+def _applies(shape: Shape, call: _Call, route: str) -> bool:
+    return (
+        route in shape.routes and call.facts["experts"] in shape.experts and call.facts["per_group"] in shape.per_group
+    )
+
+
+def _sizes(call: _Call, shape: Shape) -> list[int | None]:
+    """The sizes that `shape` demands in this call; None where any will do."""
+    sizes: list[int | None] = []
+    for axis in shape.axes:
+        if axis == "*":
+            sizes += call.specs["x"].shape[:-1]
+        else:
+            sizes.append(int(axis) if axis.isdigit() else call.facts[axis])
+    return sizes
+
+
+def _fits(call: _Call, operand: str, shape: Shape) -> bool:
+    got, want = call.specs[operand].shape, _sizes(call, shape)
+    return len(got) == len(want) and all(g is None or w is None or g == w for g, w in zip(got, want, strict=True))
+
+
+def _render(rule: Rule, call: _Call, route: str) -> str:
+    """The rule's sentence with the call's values in it."""
+    operand = str(rule.args[0]) if rule.args else ""
+
+    def value(match: re.Match[str]) -> str:
+        field = match[1]
+        if field == "activation":
+            return f"'{call.activation}'"
+        if field == "mode":
+            return call.mode.name if call.mode else "?"
+        if field == "dtype":
+            return call.specs[operand].dtype
+        if field == "dtypes":
+            return " or ".join(_columns(call.mode, operand)) if call.mode else "?"
+        if field == "shape":
+            return _brackets(call.specs[operand].shape)
+        if field == "pattern":
+            shapes = [shape for shape in SHAPES[operand] if _applies(shape, call, route)]
+            return " or ".join(f"{_names(shape)} = {_brackets(_sizes(call, shape))}" for shape in shapes)
+        fact = call.facts[field]
+        return "?" if fact is None else list(DTYPES)[fact] if field.endswith(".dtype") else str(fact)
+
+    return re.sub(r"\{([^{}]+)\}", value, rule.text)
+
+
+def _names(shape: Shape) -> str:
+    return "[" + ", ".join("..." if axis == "*" else axis for axis in shape.axes) + "]"
+
+
+def _brackets(sizes: Sequence[int | None]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
+
+
+def _product(sizes: Sequence[int | None]) -> int | None:
+    """The product, held at 2**63 - 1 as in C++; None when a size is unknown."""
+    product = 1
+    for size in sizes:
+        if size is None:
+            return None
+        product *= size
+    return min(product, 2**63 - 1)
+
+
+def _plan(call: _Call, route: str) -> Plan:
+    facts, mode = call.facts, call.mode
+    assert mode is not None and facts["inner_precise"] is not None
+    dims = {name: facts[name] for name in FACTS[:8]}
+    return Plan(
+        mode=mode,
+        route=route,
+        activation=call.activation.lower(),
+        dims=dims,
+        inner_precise=facts["inner_precise"],
+        per_channel=bool(facts["per_channel"]),
+        per_group=bool(facts["per_group"]),
+        out=Spec(mode.y, (*call.specs["x"].shape[:-1], dims["N2"])),
+    )
+
+
+def cpp_tables() -> str:
+    """The tables as C++ initialisers, included by csrc/contract/contract.cc (the build writes contract.inc)."""
+    columns = [field for field in Mode._fields if field not in ("name", "routes")]
+    conditions, operands, facts = list(CONDITIONS), list(OPERANDS), list(FACTS)
+
+    def quoted(text: str) -> str:
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    def mask(positions: Iterable[int]) -> str:
+        return f"{sum(1 << position for position in set(positions)):#x}"
+
+    def routes(names: Sequence[str]) -> str:
+        return mask(ROUTES.index(name) for name in names)
+
+    def enum(name: str, values: Iterable[str]) -> str:
+        return f"enum {name} : int {{ {', '.join(values)} }};"
+
+    def rule_row(rule: Rule) -> str:
+        a, b, c, members = 0, 0, 0, "0"
+        if rule.check in ("given", "left_out", "dtype", "shape"):
+            a = operands.index(str(rule.args[0]))
+        elif rule.args:
+            fact = str(rule.args[0])
+            a = facts.index(fact)
+            if rule.check == "one_of":
+                members = mask(_codes(fact, rule.args[1:]))
+            elif rule.check == "between":
+                b, c = int(rule.args[1]), int(rule.args[2])
+            elif rule.check == "equal":
+                b, c = int(rule.args[1]), facts.index(str(rule.args[2]))
+            elif isinstance(rule.args[1], int):  # multiple of a number
+                b, c = rule.args[1], -1
+            else:
+                c = facts.index(rule.args[1])
+        when = [str(conditions.index(name)) for name in rule.when] + ["-1", "-1"]
+        return (
+            f"    {{{quoted(rule.name)}, {routes(rule.routes.split())}, {{{when[0]}, {when[1]}}}, Check::{rule.check}, "
+            f"{a}, {b}, {c}, {members}, {quoted(rule.text)}}},"
+        )
+
+    def shape_row(operand: str, shape: Shape) -> str:
+        # An axis is a fact, or -1 for x's leading axes, or -2 - n for the number n.
+        axes = [-1 if a == "*" else -2 - int(a) if a.isdigit() else facts.index(a) for a in shape.axes]
+        return (
+            f"    {{{operands.index(operand)}, {routes(shape.routes)}, {mask(shape.experts)}, {mask(shape.per_group)}, "
+            f"{len(axes)}, {{{', '.join(map(str, axes))}}}}},"
+        )
+
+    def mode_row(mode: Mode) -> str:
+        accepted = [getattr(mode, column).split() for column in columns]
+        masks = ", ".join(mask(_codes("x.dtype", names)) for names in accepted)
+        texts = ", ".join(quoted(" or ".join(names)) for names in accepted)
+        return f"    {{{quoted(mode.name)}, {{{masks}}}, {{{texts}}}}},"
+
+    def camel(name: str) -> str:
+        return "k" + "".join(part[:1].upper() + part[1:] for part in re.split(r"[_.]", name))
+
+    checks = list(dict.fromkeys(rule.check for rule in RULES))
+    lines = [
+        "// Written by ffn_ops/contract.py at build time.",
+        enum("class DType", (camel(name) for name in DTYPES)),
+        f"inline constexpr const char* kDTypeNames[] = {{{', '.join(map(quoted, DTYPES))}}};",
+        f"inline constexpr int kDTypeBits[] = {{{', '.join(map(str, DTYPES.values()))}}};",
+        f"inline constexpr int kDTypeCount = {len(DTYPES)};",
+        enum("Operand", (*(f"{camel(name)}Operand" for name in OPERANDS), "kOperandCount")),
+        f"inline constexpr const char* kOperandNames[] = {{{', '.join(map(quoted, OPERANDS))}}};",
+        enum("Fact", (*(f"{camel(name)}Fact" for name in FACTS), "kFactCount")),
+        f"inline constexpr const char* kFactNames[] = {{{', '.join(map(quoted, FACTS))}}};",
+        f"inline constexpr const char* kActivations[] = {{{', '.join(map(quoted, ACTIVATIONS))}}};",
+        f"inline constexpr int kActivationCount = {len(ACTIVATIONS)};",
+        f"inline constexpr unsigned kGluMask = {mask(map(ACTIVATIONS.index, GLU))};",
+        enum("Route", (*(f"{camel(name)}Route" for name in ROUTES), "kRouteCount")),
+        f"inline constexpr const char* kRouteNames[] = {{{', '.join(map(quoted, ROUTES))}}};",
+        enum("Target", (*(f"{camel(name)}Target" for name in TARGETS), "kTargetCount")),
+        f"inline constexpr const char* kTargetNames[] = {{{', '.join(map(quoted, TARGETS))}}};",
+        f"inline constexpr unsigned kTargetRoutes[] = {{{', '.join(routes(names) for names in TARGETS.values())}}};",
+        enum("Mode", (*(f"{camel(mode.name)}Mode" for mode in MODES), "kModeCount")),
+        enum("class Check", checks),
+        f"struct ModeRow {{ const char* name; unsigned columns[{len(columns)}]; const char* texts[{len(columns)}]; }};",
+        "inline constexpr ModeRow kModes[] = {",
+        *map(mode_row, MODES),
+        "};",
+        enum("Column", (f"{camel(name)}Column" for name in columns)),
+        f"inline constexpr int kOperandColumn[] = {{{', '.join(str(columns.index(o.column)) for o in OPERANDS.values())}}};",
+        "struct ShapeRow { int operand; unsigned routes, experts, per_group; int rank; int axes[4]; };",
+        "inline constexpr ShapeRow kShapes[] = {",
+        *(shape_row(name, shape) for name, shapes in SHAPES.items() for shape in shapes),
+        "};",
+        "struct ConditionRow { int fact; uint64_t members; };",
+        "inline constexpr ConditionRow kConditions[] = {",
+        *(f"    {{{facts.index(fact)}, {mask(_codes(fact, values))}}}," for fact, values in CONDITIONS.values()),
+        "};",
+        "struct RuleRow {",
+        "  const char* name; unsigned routes; int when[2]; Check check; int a; int64_t b, c; uint64_t members; const char* text;",
+        "};",
+        "inline constexpr RuleRow kRules[] = {",
+        *map(rule_row, RULES),
+        "};",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def modes_table() -> str:
+    """The README's table of modes, in Markdown."""
+    lines = ["| mode | x | weights | y | bias | other operands | runs on |", "|---|---|---|---|---|---|---|"]
+    for mode in MODES:
+        others = [f"scale, offset {mode.scale}"] if mode.scale else []
+        if mode.deq_scale:
+            others.append(f"deq_scale {' / '.join(mode.deq_scale.split())}")
+        if mode.antiquant:
+            others.append(f"antiquant scale, offset {mode.antiquant}")
+        runs = "CPU, NPU contract" if "fused" in mode.routes else "CPU"
+        row = (f"`{mode.name}`", mode.x, mode.weight, mode.y, mode.bias, "; ".join(others), runs)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--emit":
+        with open(sys.argv[2], "w", encoding="utf-8") as file:
+            file.write(cpp_tables())
+    elif sys.argv[1:] == ["--modes-table"]:
+        sys.stdout.write(modes_table())
+    else:
+        sys.exit("usage: contract.py --emit FILE | --modes-table")
