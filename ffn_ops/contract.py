@@ -14,7 +14,7 @@ Source: the vendor's aclnnFFNV3 documentation and checks; docs/architecture.md s
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GLU = ("geglu", "swiglu", "reglu")
 ACTIVATIONS = ("fastgelu", "gelu", "relu", "silu", *GLU)
@@ -271,6 +271,26 @@ class Spec(NamedTuple):
     shape: tuple[int | None, ...]
 
 
+def spec_of(name: str, value: Any) -> Spec:
+    """The Spec of operand `name` given as a tensor, an array, a list of tokens, a (dtype, shape) pair or a Spec.
+
+    Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4 and counted in int4 elements.
+    """
+    if name == "output_dtype":
+        dtype, shape = value, ()
+    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+        dtype, shape = value.dtype, tuple(value.shape)
+    elif name == "expert_tokens" and not (len(value) == 2 and isinstance(value[1], Sequence)):
+        dtype, shape = "int64", (len(value),)
+    else:
+        dtype, shape = value[0], tuple(value[1])
+    dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    packed = {"int32": 8, "uint8": 2}.get(dtype) if name in ("weight1", "weight2") else None
+    if packed:
+        dtype, shape = "int4", shape[:-1] + tuple(size * packed for size in shape[-1:])
+    return Spec(dtype if dtype in DTYPES else "other", shape)
+
+
 class Violation(NamedTuple):
     rule: str
     text: str
@@ -352,6 +372,11 @@ def row_ends(expert_tokens: Sequence[int], M: int, tokens_index_flag: bool) -> l
     return ends
 
 
+def row_count(x: Spec) -> int | None:
+    """M: the product of x's leading sizes; None while one of them is unknown."""
+    return _product(x.shape[:-1])
+
+
 def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | None, target: str) -> _Call:
     """Derives the facts. Each size has one source, so that a disagreement is always the other tensor's."""
 
@@ -369,7 +394,7 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
     facts["K1"], facts["N1"] = axis("weight1", -2, 2), axis("weight1", -1, 2)
     facts["K2"], facts["N2"] = axis("weight2", -2, 2), axis("weight2", -1, 2)
     facts["rank"] = len(specs["x"].shape)
-    facts["M"] = _product(specs["x"].shape[:-1])
+    facts["M"] = row_count(specs["x"])
     scale1 = specs["antiquant_scale1"].shape if "antiquant_scale1" in specs else ()
     facts["per_group"] = int(len(scale1) == 2 + facts["experts"])
     if facts["per_group"]:

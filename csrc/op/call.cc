@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// From torch's tensors to the contract's view of them, and the thread's target. See call.h.
+#include "op/call.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/device.h>
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace ffn::op {
+namespace {
+
+constexpr int kFromEnvironment = -1;
+thread_local int thread_target = kFromEnvironment;
+
+contract::DType FromTorch(ScalarType dtype) {
+  using contract::DType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBfloat16;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::UInt64:
+      return DType::kUint64;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Short:
+      return DType::kInt16;
+    case ScalarType::Byte:
+      return DType::kUint8;
+    case ScalarType::UInt16:
+      return DType::kUint16;
+    case ScalarType::UInt32:
+      return DType::kUint32;
+    case ScalarType::Bool:
+      return DType::kBool;
+    case ScalarType::ComplexHalf:
+      return DType::kComplex32;
+    case ScalarType::ComplexFloat:
+      return DType::kComplex64;
+    case ScalarType::ComplexDouble:
+      return DType::kComplex128;
+    default:
+      return DType::kOther;
+  }
+}
+
+contract::Spec DescribeTensor(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {true, FromTorch(tensor.scalar_type()), std::vector<int64_t>(sizes.begin(), sizes.end())};
+}
+
+void UnpackInt4(contract::Spec& weight) {
+  const int64_t values = weight.dtype == contract::DType::kInt32 ? 8 : weight.dtype == contract::DType::kUint8 ? 2 : 0;
+  if (values == 0) return;
+  weight.dtype = contract::DType::kInt4;
+  if (weight.shape.empty()) return;
+  int64_t& last = weight.shape.back();
+  if (__builtin_mul_overflow(last, values, &last)) last = INT64_MAX;
+}
+
+std::string Join(const char* const* names, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::string(names[i]);
+  return text;
+}
+
+}  // namespace
+
+contract::Call Describe(const Arguments& arguments) {
+  contract::Call call;
+  for (int i = 0; i <= contract::kOutOperand; ++i) {
+    if (arguments.operands[i]) call.operands[i] = DescribeTensor(*arguments.operands[i]);
+  }
+  UnpackInt4(call.operands[contract::kWeight1Operand]);
+  UnpackInt4(call.operands[contract::kWeight2Operand]);
+  if (arguments.output_dtype) {
+    call.operands[contract::kOutputDtypeOperand] = {true, FromTorch(*arguments.output_dtype), {}};
+  }
+  call.activation = arguments.activation;
+  call.inner_precise = arguments.inner_precise;
+  return call;
+}
+
+void CheckPlacement(const Arguments& arguments) {
+  const torch::stable::Device device = arguments.operand(contract::kXOperand).device();
+  for (int i = 0; i <= contract::kOutOperand; ++i) {
+    if (!arguments.operands[i]) continue;
+    const Tensor& tensor = *arguments.operands[i];
+    const std::string name = contract::kOperandNames[i];
+    int32_t layout = 0;
+    aoti_torch_get_layout(tensor.get(), &layout);
+    if (layout != aoti_torch_layout_strided()) {
+      throw std::runtime_error(name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
+    }
+    if (!(tensor.device() == device)) {
+      throw std::runtime_error(name + " is on another device than x, but all tensors of a call must be on one (move it with " +
+                               name + ".to(x.device))");
+    }
+  }
+}
+
+contract::Target CurrentTarget() {
+  if (thread_target != kFromEnvironment) return static_cast<contract::Target>(thread_target);
+  static const char* const name = std::getenv("FFN_OPS_TARGET");  // read once
+  if (name == nullptr || *name == '\0') return contract::kCpuTarget;
+  const std::optional<contract::Target> target = contract::FindTarget(name);
+  if (!target) {
+    throw std::runtime_error("FFN_OPS_TARGET is '" + std::string(name) + "', but the targets are " +
+                             Join(contract::kTargetNames, contract::kTargetCount) + " (unset it, or name one of them)");
+  }
+  return *target;
+}
+
+}  // namespace ffn::op
+
+// The two C functions through which ffn_ops/op.py reads and changes the calling thread's target; a target is its
+// position in the contract's TARGETS, -1 the environment's choice.
+extern "C" {
+
+__attribute__((visibility("default"))) int ffn_ops_set_target(int target) {
+  const int before = ffn::op::thread_target;
+  ffn::op::thread_target = target;
+  return before;
+}
+
+// -1 when FFN_OPS_TARGET names no target.
+__attribute__((visibility("default"))) int ffn_ops_target() {
+  try {
+    return ffn::op::CurrentTarget();
+  } catch (const std::runtime_error&) {
+    return -1;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.ffn.ffn on the CPU: contract, then row ends, then a cpu::Problem over the tensors' memory, run on torch's
+// threads. Called by library.cc; the kernels are behind cpu/ffn.h.
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+#include "cpu/ffn.h"
+#include "op/call.h"
+
+namespace ffn::op {
+namespace {
+
+using contract::Operand;
+
+cpu::DType ToCpu(contract::DType dtype) {
+  switch (dtype) {
+    case contract::DType::kFloat16:
+      return cpu::DType::kFloat16;
+    case contract::DType::kBfloat16:
+      return cpu::DType::kBFloat16;
+    case contract::DType::kInt8:
+      return cpu::DType::kInt8;
+    case contract::DType::kInt4:
+      return cpu::DType::kInt4;
+    case contract::DType::kInt32:
+      return cpu::DType::kInt32;
+    case contract::DType::kInt64:
+      return cpu::DType::kInt64;
+    case contract::DType::kUint64:
+      return cpu::DType::kUInt64;
+    default:  // the contract has refused the rest
+      return cpu::DType::kFloat32;
+  }
+}
+
+// The bytes from a tensor's first element to the end of its last; empty for an empty tensor.
+struct Extent {
+  const char* begin;
+  const char* end;
+};
+
+Extent ExtentOf(const Tensor& tensor) {
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
+// True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed beside
+// it and copied, which is right for any overlap.
+bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
+  if (!out.is_contiguous()) return false;
+  const Extent written = ExtentOf(out);
+  for (int i = 0; i < contract::kOutOperand; ++i) {
+    if (!arguments.operands[i]) continue;
+    const Extent read = ExtentOf(*arguments.operands[i]);
+    if (written.begin < read.end && read.begin < written.end) return false;
+  }
+  return true;
+}
+
+void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+// Dense tensors that a Problem points into; they live as long as the call.
+class DenseTensors {
+ public:
+  explicit DenseTensors(const Arguments& arguments) : arguments_(arguments) {}
+
+  // The operand's elements in row-major order, or null when it is absent.
+  const void* Data(Operand name) {
+    if (!arguments_.operands[name]) return nullptr;
+    kept_.push_back(torch::stable::contiguous(*arguments_.operands[name]));
+    return kept_.back().const_data_ptr();
+  }
+
+  // A weight in place when rows or columns are dense, as for [K, N] weights and transposed nn.Linear weights.
+  cpu::Weight Weight(Operand name, bool packed, int64_t K, int64_t N) {
+    const Tensor& tensor = arguments_.operand(name);
+    const int64_t rank = tensor.dim();
+    const int64_t row_stride = tensor.stride(rank - 2), col_stride = tensor.stride(rank - 1);
+    if (packed || (row_stride != 1 && col_stride != 1)) return {Data(name), K * N, N, 1};
+    return {tensor.const_data_ptr(), rank == 3 ? tensor.stride(0) : 0, row_stride, col_stride};
+  }
+
+ private:
+  const Arguments& arguments_;
+  std::vector<Tensor> kept_;
+};
+
+}  // namespace
+
+Tensor FfnCpu(const Arguments& arguments) {
+  CheckPlacement(arguments);
+  const contract::Call call = Describe(arguments);
+  contract::Plan plan;
+  if (const std::string broken = contract::Resolve(call, CurrentTarget(), &plan); !broken.empty()) {
+    throw std::runtime_error(broken);
+  }
+  const int64_t* facts = plan.facts;
+  const bool experts = facts[contract::kExpertsFact] != 0;
+  DenseTensors dense(arguments);
+
+  std::vector<int64_t> row_ends;
+  if (experts) {
+    const auto* tokens = static_cast<const int64_t*>(dense.Data(contract::kExpertTokensOperand));
+    const std::string broken = contract::RowEnds(tokens, facts[contract::kEFact], facts[contract::kMFact],
+                                                 arguments.tokens_index_flag, &row_ends);
+    if (!broken.empty()) throw std::runtime_error(broken);
+  } else {
+    row_ends = {facts[contract::kMFact]};
+  }
+
+  const Tensor& x = arguments.operand(contract::kXOperand);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = facts[contract::kN2Fact];
+  const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
+  const contract::DType y_dtype = contract::OnlyDType(facts[contract::kModeFact], contract::kOutOperand);
+  const auto y_type = y_dtype == contract::DType::kFloat32   ? ScalarType::Float
+                      : y_dtype == contract::DType::kFloat16 ? ScalarType::Half
+                                                             : ScalarType::BFloat16;
+  const bool in_place = out && CanWriteInto(*out, arguments);
+  Tensor y = in_place ? *out : torch::stable::new_empty(x, shape, y_type);
+
+  const auto dtype_of = [&](Operand name) { return ToCpu(call.operands[name].dtype); };
+  const bool int4 = call.operands[contract::kWeight1Operand].dtype == contract::DType::kInt4;
+  cpu::Problem problem;
+  problem.x_dtype = dtype_of(contract::kXOperand);
+  problem.weight_dtype = dtype_of(contract::kWeight1Operand);
+  problem.y_dtype = ToCpu(y_dtype);
+  problem.bias_dtype = ToCpu(contract::OnlyDType(facts[contract::kModeFact], contract::kBias1Operand));
+  problem.deq_dtype = dtype_of(contract::kDeqScale1Operand);
+  problem.activation = static_cast<cpu::Activation>(facts[contract::kActivationFact]);
+  problem.high_precision = facts[contract::kInnerPreciseFact] == 0;
+  problem.per_channel_scale = facts[contract::kPerChannelFact] != 0;
+  problem.M = facts[contract::kMFact];
+  problem.K1 = facts[contract::kK1Fact];
+  problem.N1 = facts[contract::kN1Fact];
+  problem.K2 = facts[contract::kK2Fact];
+  problem.N2 = facts[contract::kN2Fact];
+  problem.E = experts ? facts[contract::kEFact] : 1;
+  problem.x = dense.Data(contract::kXOperand);
+  problem.weight1 = dense.Weight(contract::kWeight1Operand, int4, problem.K1, problem.N1);
+  problem.weight2 = dense.Weight(contract::kWeight2Operand, int4, problem.K2, problem.N2);
+  problem.channels1 = {dense.Data(contract::kBias1Operand), dense.Data(contract::kDeqScale1Operand),
+                       dense.Data(contract::kAntiquantScale1Operand), dense.Data(contract::kAntiquantOffset1Operand)};
+  problem.channels2 = {dense.Data(contract::kBias2Operand), dense.Data(contract::kDeqScale2Operand),
+                       dense.Data(contract::kAntiquantScale2Operand), dense.Data(contract::kAntiquantOffset2Operand)};
+  if (facts[contract::kPerGroupFact] != 0) {
+    problem.channels1.G = facts[contract::kG1Fact];
+    problem.channels2.G = facts[contract::kG2Fact];
+  }
+  problem.scale = static_cast<const float*>(dense.Data(contract::kScaleOperand));
+  problem.offset = static_cast<const float*>(dense.Data(contract::kOffsetOperand));
+  problem.row_ends = row_ends.data();
+  problem.y = y.mutable_data_ptr();
+
+  const cpu::ParallelFor parallel{torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads};
+  cpu::RunFfn(problem, parallel);
+  if (out && !in_place) {
+    Tensor target = *out;
+    torch::stable::copy_(target, y);
+  }
+  return out ? *out : y;
+}
+
+}  // namespace ffn::op

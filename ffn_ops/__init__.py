@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ffn_ops: a transformer's feed-forward block as one PyTorch operator, torch.ops.ffn.ffn.
+
+Importing it loads the operator and imports torch, and nothing heavy beyond that.
+"""
+
+from ffn_ops import packing
+from ffn_ops.contract import ContractError
+from ffn_ops.explain import Explanation, explain
+from ffn_ops.op import current_target, ffn, npu_ffn, target
+
+__version__ = "0.1.0"
+__all__ = [
+    "ContractError",
+    "Explanation",
+    "current_target",
+    "explain",
+    "ffn",
+    "npu_ffn",
+    "packing",
+    "target",
+]
