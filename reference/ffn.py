@@ -67,6 +67,7 @@ def ffn(
     rounding: Literal["ascend", "exact"] = "ascend",
 ) -> Array:
     """The operator. Rows that no expert owns are zero. rounding="exact" is the formula, in and as float64."""
+    activation = activation.lower()
     if inner_precise is None:
         inner_precise = 1 if activation in GLU else 0
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))

@@ -29,7 +29,8 @@ def half_away(value: Array, dtype: npt.DTypeLike) -> Array:
 
 
 def multiplier(deq_scale: Array, bits: int = TOP_19_BITS) -> Array:
-    """The float32 that a deq_scale stands for: bfloat16 is itself, 64-bit integers end with it."""
+    """What a deq_scale multiplies by, as float32: the `bits` kept of a float32 or of the low half of a 64-bit
+    integer; all of a bfloat16."""
     if deq_scale.dtype == BFLOAT16:
         return deq_scale.astype(np.float32)
     pattern = deq_scale.view(np.uint32) if deq_scale.dtype == np.float32 else deq_scale.astype(np.uint64)

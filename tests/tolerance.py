@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only bound of the numeric tests: how far a kernel's answer may be from reference.ffn's, cell by cell.
+
+It walks the kernel's steps with intervals instead of values: each holds whatever a kernel may have there that
+sums float32 products in any order and evaluates activations in float32. Named roundings are monotone, so an
+interval passes one by rounding its ends, and most then shrink to a point: that is what lets the bound see a
+single wrong rounding. docs/numerics.md derives every term, tests/test_reference.py tests that mutants are caught.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import reference
+from reference.activation import GLU, activate
+from reference.ffn import Expert, Product, accumulate, by_row, dequantize, expand, experts, high_performance
+from reference.rounding import Array, half_away, multiplier, nearest_even, quantize
+
+UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
+TINY = 2.0**-149  # and by less than this when it is subnormal
+FLOAT32_LIMIT = float(np.finfo(np.float32).max)
+# Roundings that a term of a sum may meet besides the K of the sum: its product, the weight's + offset and
+# * scale, the bias; the fifth is room for this file's own float64 arithmetic.
+EXTRA_ROUNDINGS = 5
+# A float32 x * s(z), s the logistic function: z is within 8 units of itself, each exp within 2 ulp (4 units),
+# and at most 4 roundings follow. A relative error of z counts |z| s(-z) times; |x| |z| s(z) s(-z) < |x| / 4.
+ACTIVATION_ERROR = 16 * UNIT  # of |act(x)| + |x| / 4
+# max |act'|: 1.0998... for t s(t), which fastgelu only stretches, and 1.1289... for the tanh form of gelu.
+SLOPE = {"fastgelu": 1.1, "silu": 1.1, "swiglu": 1.1, "gelu": 1.13, "geglu": 1.13}
+
+
+class Interval(NamedTuple):
+    """Everything a kernel may have in each cell, as float64.
+
+    Equal ends, both infinite or both NaN included, are certain. An infinite end beside another: the kernel
+    may overflow. A sum over such a cell may be anything, NaN included, and is written [-inf, inf].
+    """
+
+    low: Array
+    high: Array
+
+    @property
+    def certain(self) -> Array:
+        return (self.low == self.high) | (np.isnan(self.low) & np.isnan(self.high))
+
+    @property
+    def known(self) -> Array:
+        return self.certain | (np.isfinite(self.low) & np.isfinite(self.high))
+
+    @property
+    def middle(self) -> Array:
+        return np.where(self.certain, self.low, self.low / 2 + self.high / 2)
+
+    @property
+    def radius(self) -> Array:
+        return np.where(self.certain, 0, self.high / 2 - self.low / 2)
+
+    @property
+    def may_vanish(self) -> Array:
+        """Not certain, and 0 is inside: multiplied by an infinity it may be anything."""
+        return (self.low < self.high) & (self.low <= 0) & (self.high >= 0)
+
+
+def _point(value: Array) -> Interval:
+    return Interval(value.astype(np.float64), value.astype(np.float64))
+
+
+def _around(middle: Array, radius: Array, known: Array) -> Interval:
+    """middle +- radius where known; a middle that is not finite is certain."""
+    radius = np.where(np.isfinite(middle), radius, 0)
+    return Interval(np.where(known, middle - radius, -np.inf), np.where(known, middle + radius, np.inf))
+
+
+def _through(step: Callable[[Array], Array], v: Interval) -> Interval:
+    """A monotone step, upwards or downwards."""
+    ends = step(v.low).astype(np.float64), step(v.high).astype(np.float64)
+    return Interval(np.minimum(*ends), np.maximum(*ends))
+
+
+def bound(*args: Any, **kwargs: Any) -> Array:
+    """The largest admissible |kernel - reference.ffn(...)| of each cell, as float64; same arguments as that.
+
+    An infinity counts as the power of two after y's largest finite value. A bound of inf allows anything, NaN
+    too; where the reference is NaN, 0 asks for NaN.
+    """
+    return _reference_and_bound(*args, **kwargs)[1]
+
+
+@np.errstate(all="ignore")
+def assert_close(actual: Array, *args: Any, **kwargs: Any) -> None:
+    """Asserts |actual - reference.ffn(...)| <= bound(...) in every cell; reports the worst one."""
+    expected, limit = _reference_and_bound(*args, **kwargs)
+    assert actual.dtype == expected.dtype, f"y is {actual.dtype}, but the reference's is {expected.dtype}"
+    assert actual.shape == expected.shape, f"y is {actual.shape}, but the reference's is {expected.shape}"
+    got, wanted = _on_line(actual, actual.dtype), _on_line(expected, actual.dtype)
+    distance = np.abs(got - wanted)
+    bad = ~((distance <= limit) | (np.isnan(got) & np.isnan(wanted)) | (limit == np.inf))
+    if bad.any():
+        excess = np.where(bad, np.nan_to_num(distance - limit, nan=np.inf), -np.inf)
+        cell = np.unravel_index(np.argmax(excess), excess.shape)
+        raise AssertionError(
+            f"y{[int(i) for i in cell]} is {actual[cell]}, but the reference has {expected[cell]} and the "
+            f"bound is {limit[cell]:.3g} ({bad.sum()} of {bad.size} cells are beyond theirs)"
+        )
+
+
+@np.errstate(all="ignore")
+def _reference_and_bound(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    expected = reference.ffn(*args, **kwargs)
+    call = inspect.signature(reference.ffn).bind(*args, **kwargs)
+    call.apply_defaults()
+    of = call.arguments
+    activation = of["activation"].lower()
+    high_precision = of["inner_precise"] == 0 or (of["inner_precise"] is None and activation not in GLU)
+    first, second = (Product(*(of[f"{name}{i}"] for name in Product._fields)) for i in (1, 2))
+    y = expected.reshape(int(np.prod(expected.shape[:-1])), expected.shape[-1])
+    x = of["x"].reshape(len(y), of["x"].shape[-1])
+    limit = np.zeros(y.shape)
+    for expert in experts(
+        first, second, of["scale"], of["offset"], of["expert_tokens"], of["tokens_index_flag"], len(y)
+    ):
+        if len(expert.second.weight):  # without a second product, y is a bias, bit for bit
+            kernel = _kernel(x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype)
+            limit[expert.rows] = _distance(kernel, y[expert.rows])
+    return expected, limit.reshape(expected.shape)
+
+
+def _on_line(y: Array, dtype: npt.DTypeLike) -> Array:
+    end = 2.0**16 if dtype == np.float16 else 2.0**128
+    return np.clip(y.astype(np.float64), -end, end)
+
+
+def _distance(kernel: Interval, y: Array) -> Array:
+    low, middle, high = (_on_line(v, y.dtype) for v in (kernel.low, y, kernel.high))
+    distance = np.maximum(high - middle, middle - low)
+    distance = np.where(np.isnan(low) & np.isnan(middle) & np.isnan(high), 0, distance)
+    return np.where((kernel.low == -np.inf) & (kernel.high == np.inf), np.inf, distance)
+
+
+def _kernel(x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike) -> Interval:
+    """What a kernel may answer; step for step what reference.ffn's _ascend does."""
+    if x.dtype == np.int8:
+        return _int8_kernel(x, expert, activation, dtype)
+    acc = _product(_point(x), expert.first, x.dtype)
+    rounded_before = high_performance(x, expert.first, inner_precise)
+    if rounded_before:
+        acc = _through(lambda v: nearest_even(v, np.float16), acc)
+    if activation in GLU:
+        left, right = (Interval(*ends) for ends in zip(*(np.split(v, 2, axis=-1) for v in acc), strict=True))
+        h = _times(left, _activation(right, activation))
+    else:
+        h = _activation(acc, activation)
+    ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
+    h = _through(lambda v: ties(v, x.dtype), h)
+    return _through(lambda v: nearest_even(v, dtype), _product(h, expert.second, x.dtype))
+
+
+def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike) -> Interval:
+    value = dequantize(accumulate(x, expert.first), expert.first)  # bit for bit
+    if dtype == np.float16:
+        value = nearest_even(value, np.float16)
+    h = _through(lambda v: nearest_even(v, np.float16), _activation(_point(value), activation))
+    scale, offset = expert.scale, expert.offset
+    assert scale is not None and offset is not None
+    q = _through(lambda v: quantize(v.astype(np.float16), scale, offset), h)
+    acc = _int32_product(q, expert.second)
+    return _through(lambda v: nearest_even(dequantize(v, expert.second), dtype), acc)
+
+
+def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
+    """a W + b in float32, in any order, fused or not."""
+    if product.antiquant_scale is None:
+        weight, gross = _point(product.weight), np.abs(product.weight.astype(np.float64))
+    else:
+        weight, gross = _expanded(product, dtype)
+    bias = np.zeros(1) if product.bias is None else product.bias.astype(np.float64)
+    a_size, w_size = _finite(np.abs(a.middle)), _finite(np.abs(weight.middle))
+    size = (a_size + a.radius) @ _finite(gross) + _finite(np.abs(bias))
+    K = len(product.weight)
+    roundings = (K + EXTRA_ROUNDINGS) * UNIT
+    radius = (
+        roundings / (1 - roundings) * size
+        + TINY * (K + (a_size + a.radius).sum(axis=1, keepdims=True))
+        + a.radius @ (w_size + weight.radius)
+        + a_size @ weight.radius
+    )
+    a_wild, w_wild = ~np.isfinite(a.middle), ~np.isfinite(weight.middle)
+    known = (
+        a.known.all(axis=1, keepdims=True)
+        & weight.known.all(axis=0, keepdims=True)
+        & (_count(a_wild, weight.may_vanish) + _count(a.may_vanish, w_wild) == 0)
+        & (size < FLOAT32_LIMIT)  # else the order decides whether a partial sum overflows
+    )
+    return _around(a.middle @ weight.middle + bias, radius, known)
+
+
+def _finite(v: Array) -> Array:
+    return np.where(np.isfinite(v), v, 0)
+
+
+def _count(a: Array, b: Array) -> Array:
+    return a.astype(np.float64) @ b.astype(np.float64)
+
+
+def _expanded(product: Product, dtype: npt.DTypeLike) -> tuple[Interval, Array]:
+    """W of antiquant, between unrounded and rounded as in the contract; and |scale| (|w| + |offset|), from which
+    the roundings of a sum count when the scale is applied after it."""
+    exact, rounded = expand(product, np.float64), expand(product, dtype).astype(np.float64)
+    scale, offset = by_row(product, product.antiquant_scale), by_row(product, product.antiquant_offset)
+    terms = np.abs(product.weight.astype(np.float64)) + np.abs(offset.astype(np.float64))
+    gross = np.maximum(np.abs(scale.astype(np.float64)) * terms, np.abs(rounded))
+    known = np.isfinite(exact) & np.isfinite(rounded)
+    return _around((exact + rounded) / 2, np.abs(exact - rounded) / 2, known), gross
+
+
+def _int32_product(q: Interval, product: Product) -> Interval:
+    """q W + b modulo 2**32: exact, so only the doubt about q counts. Where it decides how often the sum wraps,
+    or which infinity a scale makes of it, nothing is known."""
+    weight = product.weight.astype(np.float64)
+    bias = 0 if product.bias is None else product.bias.astype(np.float64)
+    acc, radius = q.middle @ weight + bias, q.radius @ np.abs(weight)
+    wraps = np.floor((acc - radius + 2.0**31) / 2.0**32)
+    one_wrap = wraps == np.floor((acc + radius + 2.0**31) / 2.0**32)
+    assert product.deq_scale is not None
+    known = one_wrap & (np.isfinite(multiplier(product.deq_scale)) | (radius == 0))
+    return _around(acc - wraps * 2.0**32, radius, known)
+
+
+def _activation(v: Interval, activation: str) -> Interval:
+    if activation in ("relu", "reglu"):
+        return _through(lambda x: activate(x, "relu"), v)
+    value = activate(v.middle, activation)
+    # 2 * radius: how much more |act(x)| + |x| / 4 may be elsewhere in the interval.
+    error = ACTIVATION_ERROR * (np.abs(value) + np.abs(v.middle) / 4 + 2 * v.radius) + 4 * TINY
+    return _around(value, SLOPE[activation] * v.radius + error, v.known)
+
+
+def _times(a: Interval, b: Interval) -> Interval:
+    ends = np.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    radius = (high - low) / 2 + UNIT * np.maximum(np.abs(low), np.abs(high)) + TINY
+    return _around(low / 2 + high / 2, radius, np.isfinite(ends).all(axis=0) | (a.certain & b.certain))
