@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU feed-forward kernel's interface: one checked call, described by plain sizes and pointers.
-// csrc/op and csrc/python fill a Problem after the contract has accepted the call; ffn.cc drives the kernels of
-// the instruction set chosen at load (ffn-inl.h, instantiated by isa_*.cc). Knows neither torch nor Python.
+// csrc/op and csrc/python fill a Problem after the contract has accepted the call; ffn.cc drives the kernels
+// of the instruction set chosen at load (ffn-inl.h, instantiated by isa_*.cc). Knows neither torch nor
+// Python.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +16,10 @@ enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeGlu, kSwiGl
 
 inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
 
-// A weight matrix of each expert: element (e, k, n) is at e * expert_stride + k * row_stride + n * col_stride, in
-// elements, from `data`. One of row_stride and col_stride is 1 (both [K, N] and transposed nn.Linear weights are
-// read in place). kInt4 is always dense [E, K, N]: two elements per byte along N, low nibble first.
+// A weight matrix of each expert: element (e, k, n) is at e * expert_stride + k * row_stride + n *
+// col_stride, in elements, from `data`. One of row_stride and col_stride is 1 (both [K, N] and transposed
+// nn.Linear weights are read in place). kInt4 is always dense [E, K, N]: two elements per byte along N, low
+// nibble first.
 struct Weight {
   const void* data = nullptr;
   int64_t expert_stride = 0;
@@ -34,9 +36,9 @@ struct Channels {
   int64_t G = 1;                           // groups along K; row k belongs to group k / (K / G)
 };
 
-// y = act(x W1 + b1) W2 + b2. Sizes as everywhere: x is [M, K1], W1 [E, K1, N1], W2 [E, K2, N2], y [M, N2]; GLU has
-// N1 == 2 * K2, every other activation N1 == K2. A dense call has E == 1 and row_ends {M}.
-// x and y are dense row-major. The numerics are contract.md section e, as docs/numerics.md lists them for the CPU.
+// y = act(x W1 + b1) W2 + b2. Sizes as everywhere: x is [M, K1], W1 [E, K1, N1], W2 [E, K2, N2], y [M, N2];
+// GLU has N1 == 2 * K2, every other activation N1 == K2. A dense call has E == 1 and row_ends {M}. x and y
+// are dense row-major. The numerics are contract.md section e, as docs/numerics.md lists them for the CPU.
 struct Problem {
   DType x_dtype = DType::kFloat32;
   DType weight_dtype = DType::kFloat32;
@@ -44,7 +46,7 @@ struct Problem {
   DType bias_dtype = DType::kFloat32;
   DType deq_dtype = DType::kFloat32;  // of deq_scale1 and deq_scale2: kUInt64, kInt64, kFloat32 or kBFloat16
   Activation activation = Activation::kRelu;
-  bool high_precision = false;  // fp16 weights only: inner_precise == 0
+  bool high_precision = false;     // inner_precise == 0; matters for fp16 weights only
   bool per_channel_scale = false;  // w8a8: scale is [E, N1] instead of [E]
   int64_t M = 0, K1 = 0, N1 = 0, K2 = 0, N2 = 0, E = 1;
   const void* x = nullptr;
@@ -52,23 +54,26 @@ struct Problem {
   Channels channels1, channels2;
   const float* scale = nullptr;   // w8a8: [E] or [E, N1]
   const float* offset = nullptr;  // w8a8: [E]
-  const int64_t* row_ends = nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
+  const int64_t* row_ends =
+      nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
   void* y = nullptr;
 };
 
-// Runs body(context, i) for every i in [0, threads), possibly in parallel, possibly one after the other: a body never
-// waits for another one. `threads` is how many can run at once. Nothing may throw inside a body.
+// Runs body(context, i) for every i in [0, threads), possibly in parallel, possibly one after the other: a
+// body never waits for another one. `threads` is how many can run at once. Nothing may throw inside a body.
 struct ParallelFor {
   int64_t threads = 1;
   void* self = nullptr;
   void (*run)(void* self, int64_t count, void (*body)(void* context, int64_t i), void* context) = nullptr;
 };
 
-// Computes one call with the kernels of `isa` (null: the selected one; tests name others). Throws std::bad_alloc,
-// before any work, when the scratch cannot be allocated, and std::runtime_error for an isa that cannot run here.
+// Computes one call with the kernels of `isa` (null: the selected one; tests name others). Throws
+// std::bad_alloc, before any work, when the scratch cannot be allocated, and std::runtime_error for an isa
+// that cannot run here.
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
-// Bytes of scratch RunFfn allocates for this problem: bounded, see ffn.cc.
+// Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
+// where that is more) and 208 KiB a thread, whatever M is.
 size_t ScratchBytes(const Problem& problem, int64_t threads);
 
 // Names of the instruction sets compiled in, best first, ending with "generic".

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// The three tasks of a call for one instruction set: rows of x to float32, the first product with its
+// activation, and the second product. ffn.cc runs them through the Kernels table; isa_*.cc include this file,
+// each compiled with its own flags, and name the table. docs/numerics.md lists the roundings.
+#pragma once
+
+#include "cpu/activation-inl.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/kernels.h"
+#include "cpu/unpack-inl.h"
+#include "cpu/vec-inl.h"
+
+namespace ffn::cpu {
+namespace {
+
+void LoadRows(const Wave& wave, int64_t row, int64_t rows) {
+  const Product& product = wave.first;
+  for (int64_t r = row; r < row + rows; ++r) {
+    for (int64_t k = 0; k < product.K; k += kKBlock) {
+      const int64_t count = product.K - k < kKBlock ? product.K - k : kKBlock;
+      LoadRow(wave.problem->x_dtype, wave.problem->x, (wave.first_row + r) * product.K + k, count,
+              product.a + (k / kKBlock * wave.rows + r) * kKBlock);
+    }
+  }
+}
+
+// The 32 bits that are a deq_scale's float32. bf16 stands in the upper half of one and is never cut.
+inline void LoadDeqScale(const Wave& wave, const void* data, int64_t index, int64_t count, float* row) {
+  if (wave.problem->deq_dtype == DType::kBFloat16) return LoadRow<BFloat>(data, index, count, row);
+  const size_t item = wave.problem->deq_dtype == DType::kFloat32 ? 4 : 8;
+  for (int64_t j = 0; j < count; ++j) {
+    uint32_t bits;  // the low half of 64
+    __builtin_memcpy(&bits, static_cast<const char*>(data) + static_cast<size_t>(index + j) * item, 4);
+    bits &= wave.steps.deq_scale_mask;
+    __builtin_memcpy(row + j, &bits, 4);
+  }
+}
+
+// What is stored per output channel, for the columns of a task. An absent bias is zeros.
+inline void LoadChannels(const Wave& wave, const Product& product, int64_t expert, int64_t column,
+                         int64_t columns, float* bias, TaskScratch* scratch) {
+  const Channels& channels = *product.channels;
+  const int64_t index = expert * product.N + column;
+  if (channels.bias == nullptr) {
+    __builtin_memset(bias, 0, kMaxColumns * sizeof(float));
+  } else if (wave.steps.quant) {
+    __builtin_memcpy(bias, static_cast<const int32_t*>(channels.bias) + index,
+                     static_cast<size_t>(columns) * 4);
+  } else {
+    LoadRow(wave.problem->bias_dtype, channels.bias, index, columns, bias);
+  }
+  if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns, scratch->deq_scale);
+}
+
+// kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.
+inline F32 Result(bool quant, const float* sums, const float* bias, const float* deq_scale) {
+  if (!quant) return LoadFloats(sums) + LoadFloats(bias);
+  return IntToFloat((I32)(Load<U32>(sums) + Load<U32>(bias))) * LoadFloats(deq_scale);
+}
+
+// The step Q of contract.md section e.4, from a value already rounded to fp16; the int8 stays a float.
+inline F32 Quantize(F32 value, F32 scale, F32 offset) {
+  const F32 scaled = Round(Rounding::kFp16, value * scale);
+  F32 q = Round(Rounding::kFp16, scaled + offset);
+  q = q == q ? q : F32{};
+  q = q < -128.0f ? Set(-128.0f) : q;
+  q = q > 127.0f ? Set(127.0f) : q;
+  const F32 to_integer = Set(0x1.8p23f);  // rounds to an integer, ties to even
+  return (q + to_integer) - to_integer;
+}
+
+void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
+                  TaskScratch* scratch) {
+  const Problem& problem = *wave.problem;
+  const Steps& steps = wave.steps;
+  const int64_t stride = TileStride(columns);
+  const int64_t hidden = wave.second.K;
+  for (int half = 0; half <= (steps.glu ? 1 : 0); ++half) {
+    LoadChannels(wave, wave.first, segment.expert, half * hidden + column, columns, scratch->bias[half],
+                 scratch);
+    Multiply(wave, wave.first, segment, half * hidden + column, columns, scratch->tile[half], scratch);
+  }
+  F32 offset = {};
+  if (steps.quant) {
+    offset = Round(Rounding::kFp16, Set(problem.offset[segment.expert]));
+    if (problem.per_channel_scale) {
+      LoadRow<float>(problem.scale, segment.expert * hidden + column, columns, scratch->scale);
+    }
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      const F32 scale =
+          problem.per_channel_scale ? LoadFloats(scratch->scale + n) : Set(problem.scale[segment.expert]);
+      Store(scratch->scale + n, Round(Rounding::kFp16, scale));
+    }
+  }
+  for (int64_t r = 0; r < segment.rows; ++r) {
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      const int64_t at = r * stride + n;
+      F32 value = Round(steps.first, Result(steps.quant, scratch->tile[0] + at, scratch->bias[0] + n,
+                                            scratch->deq_scale + n));
+      if (steps.glu) {
+        const F32 right =
+            Round(steps.first, Result(false, scratch->tile[1] + at, scratch->bias[1] + n, nullptr));
+        value = value * Activate(problem.activation, right);
+      } else {
+        value = Activate(problem.activation, value);
+      }
+      value = Round(steps.hidden, value);
+      if (steps.quant) value = Quantize(value, LoadFloats(scratch->scale + n), offset);
+      const int64_t k = column + n;
+      Store(wave.second.a + (k / kKBlock * wave.rows + segment.row + r) * kKBlock + k % kKBlock, value);
+    }
+  }
+}
+
+// Rounds and stores `count` of kLanes results. There is one NaN: which operand's bits survive an addition
+// depends on the instruction a compiler picks.
+template <typename T>
+inline void StoreResult(Rounding rounding, F32 value, void* y, int64_t index, int64_t count) {
+  value = value == value ? value : FromBits(SetBits(0x7fc00000));
+  value = Round(rounding, value);
+  T* to = static_cast<T*>(y) + index;
+  if (count >= kLanes) return StoreAs(to, value);
+  T buffer[kLanes];
+  StoreAs(buffer, value);
+  __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
+void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
+                   TaskScratch* scratch) {
+  const Problem& problem = *wave.problem;
+  const Steps& steps = wave.steps;
+  const int64_t stride = TileStride(columns);
+  LoadChannels(wave, wave.second, segment.expert, column, columns, scratch->bias[0], scratch);
+  Multiply(wave, wave.second, segment, column, columns, scratch->tile[0], scratch);
+  for (int64_t r = 0; r < segment.rows; ++r) {
+    const int64_t row = (wave.first_row + segment.row + r) * wave.second.N + column;
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      const F32 value = Result(steps.quant, scratch->tile[0] + r * stride + n, scratch->bias[0] + n,
+                               scratch->deq_scale + n);
+      switch (problem.y_dtype) {
+        case DType::kFloat32:
+          StoreResult<float>(steps.y, value, problem.y, row + n, columns - n);
+          break;
+        case DType::kFloat16:
+          StoreResult<Half>(steps.y, value, problem.y, row + n, columns - n);
+          break;
+        default:
+          StoreResult<BFloat>(steps.y, value, problem.y, row + n, columns - n);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ffn::cpu

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// The driver of the CPU kernels: chooses the instruction set and walks through a call in waves of rows, each
+// in three parallel regions - rows of x to float32, first product, second product. Compiled once, for the
+// baseline; the tasks inside the regions are ffn-inl.h, reached through the Kernels table (kernels.h).
+#include "cpu/ffn.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace ffn::cpu {
+namespace {
+
+// ---- Instruction sets ----
+
+constexpr const Kernels* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512Kernels,
+    &kAvx2Kernels,
+#endif
+    &kGenericKernels,
+};
+
+bool Supported(const Kernels& kernels) {
+#if defined(__x86_64__)
+  // These ask the operating system too (XCR0). F16C is not among the names every compiler knows; it has no
+  // state.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&kernels == &kAvx2Kernels) return avx2;
+  if (&kernels == &kAvx512Kernels) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return &kernels == &kGenericKernels;
+}
+
+const Kernels* Named(const char* name) {
+  for (const Kernels* kernels : kKernels) {
+    if (std::strcmp(kernels->name, name) == 0) return kernels;
+  }
+  return nullptr;
+}
+
+// `who` is what asked for it, and opens the error.
+const Kernels& Require(const std::string& who, const char* name, const char* fix) {
+  const Kernels* named = Named(name);
+  if (named != nullptr && Supported(*named)) return *named;
+  std::string names;
+  for (const Kernels* kernels : kKernels) {
+    if (named == nullptr || Supported(*kernels))
+      names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::runtime_error(who + " is " + name + ", but this " +
+                           (named == nullptr ? "build has " : "machine can run ") + names + " (" + fix + ")");
+}
+
+const Kernels& Selected() {
+  static const Kernels& selected = []() -> const Kernels& {
+    const char* forced = std::getenv("FFN_OPS_ISA");
+    if (forced != nullptr && *forced != '\0')
+      return Require("FFN_OPS_ISA", forced, "unset it, or name one of these");
+    for (const Kernels* kernels : kKernels) {
+      if (Supported(*kernels)) return *kernels;
+    }
+    return kGenericKernels;
+  }();
+  return selected;
+}
+
+// ---- One call ----
+
+// The roundings of the call's mode: contract.md section e, docs/numerics.md.
+Steps StepsOf(const Problem& p) {
+  Steps steps = {};
+  steps.glu = IsGlu(p.activation);
+  steps.quant = p.x_dtype == DType::kInt8;
+  steps.deq_scale_mask = 0xffffe000;
+  if (steps.quant) {
+    steps.first = p.y_dtype == DType::kFloat16 ? Rounding::kFp16 : Rounding::kNone;
+    steps.hidden = Rounding::kFp16;
+  } else if (p.x_dtype == DType::kFloat16) {
+    const bool high_precision = p.high_precision && p.weight_dtype == DType::kFloat16;
+    steps.first = high_precision ? Rounding::kNone : Rounding::kFp16;
+    steps.hidden = high_precision && !steps.glu ? Rounding::kFp16HalfAway : Rounding::kFp16;
+  } else if (p.x_dtype == DType::kBFloat16) {
+    steps.hidden = steps.glu ? Rounding::kBf16 : Rounding::kBf16HalfAway;
+  }
+  // Storing fp16 rounds by itself, ties to even.
+  if (p.y_dtype == DType::kBFloat16) steps.y = Rounding::kBf16;
+  if (p.K2 == 0) {
+    // y is bias2, by a path of its own (section d).
+    steps.deq_scale_mask = 0xffffffff;
+    if (p.x_dtype == DType::kBFloat16) steps.y = Rounding::kBf16HalfAway;
+  }
+  return steps;
+}
+
+constexpr int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Rows of x and of the intermediate are floats for the length of a wave. A wave is as long as this holds.
+constexpr int64_t kWaveFloats = 4 << 20;
+
+struct ScratchPlan {
+  int64_t wave_rows;
+  int64_t first, second;  // floats of the two left operands
+  int64_t workers;
+};
+
+ScratchPlan PlanScratch(const Problem& p, int64_t threads) {
+  const int64_t first = RoundUp(p.K1, kKBlock), second = RoundUp(p.K2, kKBlock);
+  const int64_t rows = std::clamp<int64_t>(kWaveFloats / std::max<int64_t>(first + second, 1), 1, kMaxRows);
+  ScratchPlan plan = {};
+  plan.wave_rows = std::min(rows, p.M);
+  plan.first = plan.wave_rows * first;
+  plan.second = plan.wave_rows * second;
+  plan.workers = std::max<int64_t>(threads, 1);
+  return plan;
+}
+
+size_t Bytes(const ScratchPlan& plan) {
+  return static_cast<size_t>(plan.first + plan.second) * sizeof(float) +
+         static_cast<size_t>(plan.workers) * sizeof(TaskScratch);
+}
+
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{alignof(TaskScratch)}); }
+};
+
+// Runs task(i, worker) for every i in [0, tasks) on up to `workers` workers, each taking the next one that is
+// left.
+template <typename Task>
+void ForEach(const ParallelFor& parallel, int64_t workers, int64_t tasks, const Task& task) {
+  struct Context {
+    const Task& task;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+  } context = {task, tasks};
+  const auto body = [](void* opaque, int64_t worker) {
+    Context& context = *static_cast<Context*>(opaque);
+    for (int64_t i; (i = context.next.fetch_add(1, std::memory_order_relaxed)) < context.tasks;)
+      context.task(i, worker);
+  };
+  workers = std::min(workers, tasks);
+  if (workers > 1) {
+    parallel.run(parallel.self, workers, body, &context);
+  } else {
+    body(&context, 0);
+  }
+}
+
+// Columns of a task: what its tile holds, but at least four tasks a worker. Bits do not depend on it
+// (gemm-inl.h).
+int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
+                    int64_t workers) {
+  // A transposed weight is contiguous along K, so nothing is gained from wide tasks.
+  if (product.weight->col_stride != 1) return kMinColumns;
+  int64_t most_rows = 0;
+  for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
+  int64_t width = kMinColumns;
+  while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
+         static_cast<int64_t>(segments.size()) * columns >= 4 * workers * 2 * width) {
+    width *= 2;
+  }
+  return width;
+}
+
+}  // namespace
+
+void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
+  const Kernels& kernels = isa == nullptr ? Selected() : Require("isa", isa, "name one of these");
+  const Problem& p = problem;
+  if (p.M == 0 || p.N2 == 0) return;
+
+  const ScratchPlan plan = PlanScratch(p, parallel.threads);
+  const std::unique_ptr<void, FreeAligned> memory(
+      ::operator new(Bytes(plan), std::align_val_t{alignof(TaskScratch)}));
+  TaskScratch* scratch = static_cast<TaskScratch*>(memory.get());
+  float* first = reinterpret_cast<float*>(scratch + plan.workers);
+  std::vector<Segment> segments;
+  segments.reserve(static_cast<size_t>(std::min(plan.wave_rows, p.E)));
+
+  Wave wave = {};
+  wave.problem = &p;
+  wave.steps = StepsOf(p);
+  wave.first = {p.K1, p.N1, first, &p.weight1, &p.channels1};
+  wave.second = {p.K2, p.N2, first + plan.first, &p.weight2, &p.channels2};
+
+  int64_t expert = 0;
+  for (wave.first_row = 0; wave.first_row < p.M; wave.first_row += wave.rows) {
+    wave.rows = std::min(plan.wave_rows, p.M - wave.first_row);
+    const int64_t end = wave.first_row + wave.rows;
+    segments.clear();
+    for (int64_t row = wave.first_row; row < end;) {
+      while (p.row_ends[expert] <= row) ++expert;
+      const int64_t rows = std::min(p.row_ends[expert], end) - row;
+      segments.push_back({expert, row - wave.first_row, rows});
+      row += rows;
+    }
+
+    // A region costs some microseconds, so a worker must have as much to do (this many multiplications).
+    constexpr int64_t kWorkPerWorker = 1 << 17;
+    const int64_t work = wave.rows * (p.K1 * p.N1 + p.K2 * p.N2);
+    const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
+
+    constexpr int64_t kRowsPerTask = 16;
+    ForEach(parallel, wave.rows * p.K1 < kWorkPerWorker ? 1 : workers,
+            RoundUp(wave.rows, kRowsPerTask) / kRowsPerTask, [&](int64_t i, int64_t) {
+              const int64_t row = i * kRowsPerTask;
+              kernels.load_rows(wave, row, std::min(kRowsPerTask, wave.rows - row));
+            });
+
+    const auto run_product = [&](const Product& product, int64_t columns, auto task) {
+      const int64_t width = TaskColumns(product, columns, segments, workers);
+      const int64_t blocks = RoundUp(columns, width) / width;
+      ForEach(parallel, workers, static_cast<int64_t>(segments.size()) * blocks,
+              [&](int64_t i, int64_t worker) {
+                const int64_t column = i % blocks * width;
+                task(wave, segments[static_cast<size_t>(i / blocks)], column,
+                     std::min(width, columns - column), scratch + worker);
+              });
+    };
+    run_product(wave.first, p.K2, kernels.first_product);
+    run_product(wave.second, p.N2, kernels.second_product);
+  }
+}
+
+size_t ScratchBytes(const Problem& problem, int64_t threads) { return Bytes(PlanScratch(problem, threads)); }
+
+const char* const* CompiledIsas(size_t* count) {
+  static const auto names = [] {
+    std::vector<const char*> names;
+    for (const Kernels* kernels : kKernels) names.push_back(kernels->name);
+    return names;
+  }();
+  *count = names.size();
+  return names.data();
+}
+
+bool IsaSupported(const char* name) {
+  const Kernels* kernels = Named(name);
+  return kernels != nullptr && Supported(*kernels);
+}
+
+const char* SelectedIsa() { return Selected().name; }
+
+}  // namespace ffn::cpu

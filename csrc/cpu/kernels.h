@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the driver (ffn.cc) and the kernels of one instruction set (ffn-inl.h, instantiated by isa_*.cc)
+// share: the description of a wave of rows, a worker's scratch, and the table of entry points. Plain data
+// only. An inline function here would be compiled for AVX-512 in one translation unit and for the baseline in
+// another, and the linker would keep either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/ffn.h"
+
+namespace ffn::cpu {
+
+// Rows of the left operands are stored in blocks of kKBlock columns: element (row, k) of a wave is at
+// ((k / kKBlock) * rows + row) * kKBlock + k % kKBlock. A tile of rows then reads neighbouring memory,
+// whatever K is (with a row stride of K floats, the rows of a tile fall into the same few cache sets when K
+// is a power of two). 256 int8 products also fit a float32 exactly: |a * b| <= 2^14, so every partial sum is
+// an integer <= 2^22.
+constexpr int64_t kKBlock = 256;
+// Rows of a wave. More amortise the unpacking of W better, fewer need less scratch; at 256 it is 2 % of the
+// time.
+constexpr int64_t kMaxRows = 256;
+// Columns of a task: a multiple of kMinColumns (which every panel width divides). With few rows a task takes
+// up to kMaxColumns, so that it reads a [K, N] weight in long runs. Tile and panel have the same size for
+// both extremes.
+constexpr int64_t kMinColumns = 64;
+constexpr int64_t kMaxColumns = 512;
+constexpr int64_t kTileSize = kMaxRows * kMinColumns;
+constexpr int64_t kPanelSize = kKBlock * kMinColumns;
+
+// How a float32 is rounded to a narrower format; "HalfAway" rounds ties away from zero, the others to even.
+enum class Rounding : uint8_t { kNone, kFp16, kFp16HalfAway, kBf16, kBf16HalfAway };
+
+// The steps of contract.md section e by which the modes differ.
+struct Steps {
+  bool glu;
+  bool quant;       // w8a8: int32 sums, dequantisation, and Q before the second product
+  Rounding first;   // of the first product, after its bias or dequantisation
+  Rounding hidden;  // of the activation's result; for quant before Q
+  Rounding y;
+  uint32_t deq_scale_mask;  // bits of a 32-bit deq_scale that count
+};
+
+// One of the two products: a [rows, K] times the weight of an expert [K, N].
+struct Product {
+  int64_t K, N;
+  float* a;  // in blocks of kKBlock columns, ceil(K / kKBlock) of them; the second product's is the first
+             // one's result
+  const Weight* weight;
+  const Channels* channels;
+};
+
+// Rows [first_row, first_row + rows) of x on their way through both products.
+struct Wave {
+  const Problem* problem;
+  Steps steps;
+  int64_t first_row, rows;
+  Product first, second;
+};
+
+// The rows of one expert in a wave; `row` counts from the wave's first.
+struct Segment {
+  int64_t expert, row, rows;
+};
+
+// One worker's scratch. Where a task has fewer columns than an array holds, it is a prefix that is used.
+struct alignas(64) TaskScratch {
+  float tile[2]
+            [kTileSize];  // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
+  float panel[kPanelSize];     // W as float32, [columns / panel width][k][panel width]
+  float bias[2][kMaxColumns];  // float32 or int32
+  float deq_scale[kMaxColumns];
+  float scale[kMaxColumns];
+  float antiquant_offset[kMaxColumns];
+  float antiquant_scale[kMaxColumns];
+};
+
+// The entry points of one instruction set. A task covers columns [column, column + columns) of one segment.
+struct Kernels {
+  const char* name;
+  void (*load_rows)(const Wave& wave, int64_t row, int64_t rows);
+  void (*first_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
+                        TaskScratch* scratch);
+  void (*second_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
+                         TaskScratch* scratch);
+};
+
+extern const Kernels kGenericKernels;
+extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
+extern const Kernels kAvx512Kernels;
+
+}  // namespace ffn::cpu

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the instruction set this translation unit is compiled for: types, fused multiply-add,
+// conversions and roundings. The bottom of ffn-inl.h. All *-inl.h files live in an unnamed namespace and use
+// nothing from std at run time: whatever they emit stays in the translation unit (see kernels.h).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace ffn::cpu {
+namespace {
+
+// kPanelVectors x kLanes columns times kTileRows rows is the block of sums that the multiplication keeps in
+// registers: 24 of AVX-512's 32, and 12 of the 16 that the others are sure to have.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define FFN_AVX512 1
+constexpr int kLanes = 16;
+constexpr int kPanelVectors = 4;
+// GCC 12 warns of an uninitialised variable inside the unmasked intrinsics, so those with a mask are used.
+constexpr __mmask16 kAllLanes = 0xffff;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define FFN_AVX2 1
+constexpr int kLanes = 8;
+constexpr int kPanelVectors = 2;
+#else
+constexpr int kLanes = 4;
+constexpr int kPanelVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+constexpr int kPanelColumns = kPanelVectors * kLanes;
+
+using F32 = float __attribute__((vector_size(4 * kLanes)));
+using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
+using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+using I8 = int8_t __attribute__((vector_size(kLanes)));
+
+// Elements of the narrow formats in memory.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+struct Int4Pair {
+  uint8_t bits;  // the first element in the low nibble
+};
+template <typename T>
+constexpr int kPerItem = std::is_same_v<T, Int4Pair> ? 2 : 1;
+
+template <typename V>
+inline V Load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+inline void Store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+inline F32 Set(float x) { return x - F32{}; }
+inline U32 SetBits(uint32_t x) { return x - U32{}; }
+inline U32 Bits(F32 v) { return (U32)v; }
+inline F32 FromBits(U32 v) { return (F32)v; }
+inline F32 IntToFloat(I32 v) { return __builtin_convertvector(v, F32); }
+
+// a * b + c, rounded once where the baseline has an instruction for it. x86-64 without AVX2 rounds twice.
+inline F32 Fma(F32 a, F32 b, F32 c) {
+#if defined(FFN_AVX512)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(FFN_AVX2)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+constexpr uint32_t kInfBits = 0x7f800000;
+// float32 patterns around fp16's range.
+constexpr uint32_t kFp16MinNormalBits = 0x38800000;  // 2^-14
+constexpr uint32_t kFp16OverflowBits = 0x47800000;   // 2^16: what rounds to this or above is infinite
+constexpr uint32_t kFp16Rebias = (127 - 15) << 23;
+constexpr float kFp16MinSubnormal = 0x1p-24f;
+
+inline F32 HalfToFloat(U16 h) {
+#if defined(FFN_AVX512)
+  return (F32)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)h);
+#elif defined(FFN_AVX2)
+  return (F32)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+  return (F32)vcvt_f32_f16((float16x4_t)h);
+#else
+  const U32 wide = __builtin_convertvector(h, U32);
+  const U32 magnitude = (wide & 0x7fff) << 13;
+  U32 bits = magnitude + kFp16Rebias;
+  bits = magnitude >= (0x7c00u << 13) ? bits + kFp16Rebias : bits;
+  const U32 subnormal = Bits(IntToFloat((I32)(wide & 0x3ff)) * kFp16MinSubnormal);
+  bits = magnitude < (0x400u << 13) ? subnormal : bits;
+  return FromBits(bits | (wide & 0x8000) << 16);
+#endif
+}
+
+// Ties to even; overflow is infinite.
+inline U16 FloatToHalf(F32 v) {
+#if defined(FFN_AVX512)
+  return (U16)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FFN_AVX2)
+  return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (U16)vcvt_f16_f32((float32x4_t)v);
+#else
+  const U32 magnitude = Bits(v) & 0x7fffffff;
+  U32 rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~0x1fffu;
+  rounded = rounded > kFp16OverflowBits ? SetBits(kFp16OverflowBits) : rounded;
+  U32 half = (rounded - kFp16Rebias) >> 13;
+  // Below 2^-14 the step is 2^-24, which is that of float32 at 0.5: the addition rounds.
+  const U32 subnormal = Bits(FromBits(magnitude) + 0.5f) - Bits(Set(0.5f));
+  half = magnitude < kFp16MinNormalBits ? subnormal : half;
+  half = magnitude > kInfBits ? SetBits(0x7e00) : half;
+  return __builtin_convertvector(half | ((Bits(v) >> 16) & 0x8000), U16);
+#endif
+}
+
+inline F32 RoundToFp16HalfAway(F32 v) {
+  const U32 magnitude = Bits(v) & 0x7fffffff;
+  U32 normal = (magnitude + 0x1000) & ~0x1fffu;
+  normal = normal >= kFp16OverflowBits ? SetBits(kInfBits) : normal;
+  normal = magnitude > kInfBits ? magnitude : normal;
+  // Below 2^-14: steps of 2^-24. Larger values are masked to 0, so that the conversion to int is defined.
+  const F32 steps = FromBits(magnitude < kFp16MinNormalBits ? magnitude : U32{}) / kFp16MinSubnormal;
+  const F32 whole = IntToFloat(__builtin_convertvector(steps, I32));
+  const F32 subnormal = (steps - whole >= 0.5f ? whole + 1.0f : whole) * kFp16MinSubnormal;
+  const U32 rounded = magnitude < kFp16MinNormalBits ? Bits(subnormal) : normal;
+  return FromBits(rounded | (Bits(v) & 0x80000000));
+}
+
+// Adds `half` of a bf16 step, less what makes a tie even, and cuts. A carry into the exponent is right, up to
+// infinity.
+inline F32 CutToBf16(F32 v, U32 half) {
+  const U32 bits = Bits(v);
+  const U32 nan = bits | 0x400000;
+  return FromBits(((bits & 0x7fffffff) > kInfBits ? nan : bits + half) & 0xffff0000);
+}
+
+inline F32 Round(Rounding rounding, F32 v) {
+  switch (rounding) {
+    case Rounding::kNone:
+      return v;
+    case Rounding::kFp16:
+      return HalfToFloat(FloatToHalf(v));
+    case Rounding::kFp16HalfAway:
+      return RoundToFp16HalfAway(v);
+    case Rounding::kBf16:
+      return CutToBf16(v, ((Bits(v) >> 16) & 1) + 0x7fff);
+    case Rounding::kBf16HalfAway:
+      return CutToBf16(v, SetBits(0x8000));
+  }
+  __builtin_unreachable();
+}
+
+// kLanes elements from p as float32. Reads exactly these.
+inline F32 LoadFloats(const float* p) { return Load<F32>(p); }
+inline F32 LoadFloats(const Half* p) { return HalfToFloat(Load<U16>(p)); }
+inline F32 LoadFloats(const BFloat* p) {
+#if defined(FFN_AVX512)  // which GCC 12 converts in halves
+  return FromBits((U32)_mm512_maskz_cvtepu16_epi32(kAllLanes, Load<__m256i>(p)) << 16);
+#else
+  return FromBits(__builtin_convertvector(Load<U16>(p), U32) << 16);
+#endif
+}
+inline F32 LoadFloats(const int8_t* p) {
+#if defined(FFN_AVX512)  // likewise
+  return IntToFloat((I32)_mm512_maskz_cvtepi8_epi32(kAllLanes, Load<__m128i>(p)));
+#else
+  return IntToFloat(__builtin_convertvector(Load<I8>(p), I32));
+#endif
+}
+inline F32 LoadFloats(const Int4Pair* p) {
+  // Each lane gets the word with its nibble, moves the nibble to the top and back with its sign.
+#if defined(FFN_AVX512)
+  const U32 low = SetBits(Load<uint32_t>(p));
+  const U32 high = SetBits(Load<uint32_t>(p + 4));
+  const I32 in_low = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const U32 word = in_low ? low : high;
+  const U32 left = {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
+#elif defined(FFN_AVX2)
+  const U32 word = SetBits(Load<uint32_t>(p));
+  const U32 left = {28, 24, 20, 16, 12, 8, 4, 0};
+#else
+  const U32 word = SetBits(Load<uint16_t>(p));
+  const U32 left = {28, 24, 20, 16};
+#endif
+  return IntToFloat((I32)(word << left) >> 28);
+}
+
+// The first `count` of kLanes elements, then zeros; count <= 0 reads nothing.
+template <typename T>
+inline F32 LoadFloats(const T* p, int64_t count) {
+  if (count >= kLanes) return LoadFloats(p);
+  T buffer[kLanes / kPerItem<T>] = {};
+  if (count > 0) __builtin_memcpy(buffer, p, static_cast<size_t>(count) / kPerItem<T> * sizeof(T));
+  return LoadFloats(buffer);
+}
+
+// Narrows to T. bf16 expects a value already rounded to it; fp16 rounds ties to even.
+inline void StoreAs(float* p, F32 v) { Store(p, v); }
+inline void StoreAs(Half* p, F32 v) { Store(p, FloatToHalf(v)); }
+inline void StoreAs(BFloat* p, F32 v) { Store(p, __builtin_convertvector(Bits(v) >> 16, U16)); }
+
+// Lane j of the result is element kIndex[j] of a and b in a row.
+template <int... kIndex>
+inline F32 Shuffle(F32 a, F32 b, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, I32{kIndex...});
+#endif
+}
+
+// The quarters that two rows kDistance apart hold after swapping their off-diagonal blocks.
+template <int kDistance, int... kLane>
+inline void SwapBlocks(F32* upper, F32* lower, std::integer_sequence<int, kLane...>) {
+  const F32 a = *upper, b = *lower;
+  *upper = Shuffle(a, b,
+                   std::integer_sequence<int, (kLane & kDistance ? kLanes + kLane - kDistance : kLane)...>());
+  *lower = Shuffle(a, b,
+                   std::integer_sequence<int, (kLane & kDistance ? kLanes + kLane : kLane + kDistance)...>());
+}
+
+// a[i][j] <-> a[j][i] of kLanes rows, by swapping ever smaller blocks.
+template <int kDistance = kLanes / 2>
+inline void Transpose(F32* a) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kDistance))
+      SwapBlocks<kDistance>(a + i, a + i + kDistance, std::make_integer_sequence<int, kLanes>());
+  }
+  if constexpr (kDistance > 1) Transpose<kDistance / 2>(a);
+}
+
+}  // namespace
+}  // namespace ffn::cpu

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels under the signature of reference.ffn, for each instruction set; over ffn_ops._native."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ffn_ops import _native
+
+SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
+_INT4 = np.dtype(ml_dtypes.int4)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_GLU = ("geglu", "swiglu", "reglu")
+
+
+def native_ffn(
+    x: np.ndarray,
+    weight1: np.ndarray,
+    weight2: np.ndarray,
+    activation: str,
+    expert_tokens: np.ndarray | None = None,
+    *,
+    tokens_index_flag: bool = False,
+    inner_precise: int | None = None,
+    output_dtype: npt.DTypeLike | None = None,
+    isa: str | None = None,
+    threads: int = 1,
+    **operands: np.ndarray | None,
+) -> np.ndarray:
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers. Weights may be transposed."""
+    dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
+    y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
+    operands |= {"x": x, "y": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}
+    if inner_precise is None:
+        inner_precise = 1 if activation in _GLU else 0
+    _native.ffn(
+        activation=activation, tokens_index_flag=tokens_index_flag, high_precision=inner_precise == 0,
+        isa=isa, threads=threads, **{name: _pair(a) for name, a in operands.items() if a is not None},
+    )  # fmt: skip
+    return y
+
+
+def _pair(array: np.ndarray) -> tuple[Any, str]:
+    name = array.dtype.name
+    if array.dtype == _INT4:
+        nibbles = array.astype(np.int8).view(np.uint8) & 15
+        return np.ascontiguousarray(nibbles[..., 0::2] | nibbles[..., 1::2] << 4), name
+    return array.view(np.uint16) if array.dtype in (_BFLOAT16, np.float16) else array, name

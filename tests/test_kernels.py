@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels of every instruction set against the reference, and a row's bits against everything else.
+
+tests/native.py calls them, tests/tolerance.py holds the bound. What the operator adds is in test_op.py.
+"""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from native import SUPPORTED_ISAS, native_ffn
+from tolerance import assert_close
+
+import reference
+from ffn_ops import _native
+
+BF16, INT4 = ml_dtypes.bfloat16, ml_dtypes.int4
+# mode: dtype of x, of the weights, of y
+MODES = {
+    "float32": (np.float32, np.float32, np.float32),
+    "fp16": (np.float16, np.float16, np.float16),
+    "bf16": (BF16, BF16, BF16),
+    "w8a8": (np.int8, np.int8, np.float16),
+    "w8a8_bf16": (np.int8, np.int8, BF16),
+    "w8a16": (np.float16, np.int8, np.float16),
+    "w8a16_bf16": (BF16, np.int8, BF16),
+    "w4a16": (np.float16, INT4, np.float16),
+    "w4a16_bf16": (BF16, INT4, BF16),
+}
+FLOAT_MODES = ("float32", "fp16", "bf16")
+GLU = ("geglu", "swiglu", "reglu")
+PLAIN = ("fastgelu", "gelu", "relu", "silu")
+# Around the panels' widths (8, 16, 64), the rows of a tile (6) and the blocks of K (32 to 256).
+EDGES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 255, 256, 257)
+SEED = 20240607
+BIT_46 = np.uint64(1 << 46)  # of a 64-bit deq_scale; no effect
+
+each_isa = pytest.mark.parametrize("isa", SUPPORTED_ISAS)
+
+
+def make_call(
+    mode: str,
+    activation: str,
+    M: int,
+    K1: int,
+    K2: int,
+    *,
+    seed: int = SEED,
+    counts: tuple[int, ...] = (),
+    groups: tuple[int, int] | None = None,
+    biases: tuple[bool, bool] = (True, True),
+    per_channel_scale: bool = False,
+    deq_dtype: Any = np.uint64,
+    inner_precise: int | None = None,
+    transposed: bool = False,
+) -> dict[str, Any]:
+    """Arguments of reference.ffn with N2 == K1, of sizes that leave every stage in the range of its format."""
+    rng = np.random.default_rng(seed)
+    x_dtype, w_dtype, y_dtype = MODES[mode]
+    N1 = 2 * K2 if activation in GLU else K2
+    if w_dtype == INT4:
+        K1, N1, K2 = (n + n % 2 for n in (K1, N1, K2))
+    E = (len(counts),) if counts else ()
+    quant = x_dtype == np.int8
+    bias_dtype = np.int32 if quant else np.float16 if x_dtype == np.float16 else np.float32
+
+    def normal(shape: tuple[int, ...], scale: float, dtype: Any) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(dtype)
+
+    def integers(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        low, high = (-8, 8) if dtype == INT4 else (-128, 128)
+        return rng.integers(low, high, shape).astype(np.int8).astype(dtype)
+
+    call: dict[str, Any] = {"activation": activation, "inner_precise": inner_precise}
+    call["x"] = integers((M, K1), np.int8) if quant else normal((M, K1), 1, x_dtype)
+    for i, K, N in ((1, K1, N1), (2, K2, K1)):
+        shape = (*E, N, K) if transposed else (*E, K, N)
+        unit = 1 / np.sqrt(max(K, 1))
+        integer = w_dtype in (np.int8, INT4)
+        weight = integers(shape, w_dtype) if integer else normal(shape, unit, w_dtype)
+        call[f"weight{i}"] = weight.swapaxes(-1, -2) if transposed else weight
+        if biases[i - 1]:
+            call[f"bias{i}"] = normal((*E, N), 2000 if quant else 0.5, bias_dtype)
+        if quant:
+            # Sums of K products of int8 are about 5000 sqrt(K); dequantised they are about 1.
+            deq_scale = (rng.uniform(0.5, 2, (*E, N)) * 2e-4 * unit).astype(np.float32)
+            if y_dtype == BF16:
+                deq_scale = deq_scale.astype(BF16)
+            elif deq_dtype != np.float32:
+                deq_scale = (deq_scale.view(np.uint32).astype(np.uint64) | BIT_46).view(deq_dtype)
+            call[f"deq_scale{i}"] = deq_scale
+        elif integer:
+            shape = (*E, N) if groups is None else (*E, groups[i - 1], N)
+            step = unit / (4 if w_dtype == INT4 else 64)
+            call[f"antiquant_scale{i}"] = (rng.uniform(0.5, 2, shape) * step).astype(x_dtype)
+            call[f"antiquant_offset{i}"] = normal(shape, 2, x_dtype)
+    if quant:
+        call["scale"] = rng.uniform(20, 80, (*E, N1) if per_channel_scale else E or (1,)).astype(np.float32)
+        call["offset"] = rng.uniform(-20, 20, E or (1,)).astype(np.float32)
+        call["output_dtype"] = y_dtype
+    if counts:
+        call["expert_tokens"] = np.array(counts, np.int64)
+    return call
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+def check(call: dict[str, Any], isa: str) -> None:
+    y = native_ffn(**call, isa=isa)
+    assert_close(y, **call)
+    if call["x"].dtype == np.int8 and call["activation"] == "relu":
+        assert np.array_equal(y, reference.ffn(**call))
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("counts", [(), (3, 0, 7, 1)], ids=["dense", "experts"])
+def test_every_mode_and_activation_agrees_with_the_reference(isa, mode, activation, counts):
+    check(make_call(mode, activation, 11, 80, 144, counts=counts), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("activation", GLU)
+@pytest.mark.parametrize("inner_precise", [0, 1])
+@pytest.mark.parametrize("counts", [(), (3, 0, 7, 1)], ids=["dense", "experts"])
+def test_glu_agrees_with_the_reference(isa, mode, activation, inner_precise, counts):
+    check(make_call(mode, activation, 11, 80, 144, counts=counts, inner_precise=inner_precise), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("size", EDGES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_size_of_tail_agrees_with_the_reference(isa, mode, size):
+    for M, K1, K2 in ((size, 3, 5), (2, size, 5), (2, 3, size), (7, size, size)):
+        check(make_call(mode, "relu", M, K1, K2), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", [m for m in MODES if not m.startswith("w4")])
+@pytest.mark.parametrize("sizes", [(1, 257, 130), (9, 70, 33), (2, 1, 1), (40, 16, 300)])
+def test_transposed_weights_are_the_same_weights(isa, mode, sizes):
+    for counts in ((), (0, sizes[0] - 1, 1)):
+        call = make_call(mode, "silu", *sizes, counts=counts, transposed=True)
+        dense = {**call, "weight1": call["weight1"].copy("C"), "weight2": call["weight2"].copy("C")}
+        assert same_bits(native_ffn(**call, isa=isa), native_ffn(**dense, isa=isa))
+        check(call, isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", ["w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"])
+@pytest.mark.parametrize("groups", [(1, 1), (3, 8), (96, 2), (2, 64)])
+def test_groups_agree_with_the_reference(isa, mode, groups):
+    for counts in ((), (2, 3)):
+        check(make_call(mode, "gelu", 5, 96, 128, counts=counts, groups=groups), isa)
+        if mode.startswith("w8"):
+            check(make_call(mode, "gelu", 5, 96, 128, counts=counts, groups=groups, transposed=True), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", ["w8a8", "w8a8_bf16"])
+@pytest.mark.parametrize("per_channel_scale", [False, True])
+@pytest.mark.parametrize("deq_dtype", [np.uint64, np.int64, np.float32])
+def test_w8a8_with_relu_is_the_reference_bit_for_bit(isa, mode, per_channel_scale, deq_dtype):
+    options: Any = {"per_channel_scale": per_channel_scale, "deq_dtype": deq_dtype}
+    for counts in ((), (9, 0, 4)):
+        call = make_call(mode, "relu", 13, 300, 520, counts=counts, **options)
+        assert same_bits(native_ffn(**call, isa=isa), reference.ffn(**call))
+
+
+@each_isa
+def test_w8a8_sums_are_exact_and_wrap_around(isa):
+    call = make_call("w8a8", "relu", 3, 2050, 3000)
+    call["x"][:] = -128
+    call["weight1"][:] = -128
+    call["weight2"][:] = 127
+    call["bias2"][:] = 2**31 - 1
+    assert same_bits(native_ffn(**call, isa=isa), reference.ffn(**call))
+
+
+@each_isa
+@pytest.mark.parametrize("name", ["scale", "offset"])
+@pytest.mark.parametrize("value", [0.0, 1e-9, 3e-6, 65504.0, 70000.0, -np.inf, np.nan])
+def test_w8a8_quantizes_extreme_scales_as_the_reference(isa, name, value):
+    call = make_call("w8a8", "relu", 4, 64, 64)
+    call[name][:] = value
+    assert np.array_equal(native_ffn(**call, isa=isa), reference.ffn(**call), equal_nan=True)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_without_hidden_channels_y_is_bias2(isa, mode, with_bias):
+    for counts in ((), (2, 0, 4)):
+        call = make_call(mode, "relu", 6, 130, 0, counts=counts, biases=(False, with_bias))
+        if with_bias:
+            call["bias2"][..., 0] = -0.0
+        assert same_bits(native_ffn(**call, isa=isa), reference.ffn(**call))
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_x_gives_empty_y(isa, mode):
+    assert native_ffn(**make_call(mode, "relu", 0, 8, 16), isa=isa).shape == (0, 8)
+    assert native_ffn(**make_call(mode, "relu", 3, 0, 16), isa=isa).shape == (3, 0)
+
+
+def one_by_one(x: np.ndarray, activation: str, factor: float = 1, **options: Any) -> dict[str, Any]:
+    """y = act(factor x), element by element: both products have K == 1."""
+    weight1 = np.full((1, 2 if activation in GLU else 1), factor, x.dtype)
+    return {
+        "x": x[:, None],
+        "weight1": weight1,
+        "weight2": np.ones((1, 1), x.dtype),
+        "activation": activation,
+        **options,
+    }
+
+
+@each_isa
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("activation", PLAIN + GLU)
+@pytest.mark.parametrize("inner_precise", [0, 1])
+def test_infinities_nans_and_subnormals_propagate_as_the_formula_says(isa, mode, activation, inner_precise):
+    values = [np.nan, np.inf, -np.inf, 0.0, -0.0, 6e4, -6e4, 1e-7, -1e-7, 3e38, -3e38, 1e-40, 1.0]
+    x = np.array(values, np.float32).astype(MODES[mode][0])
+    check(one_by_one(x, activation, inner_precise=inner_precise), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+@pytest.mark.parametrize("inner_precise", [0, 1])
+@pytest.mark.parametrize("factor", [1.0, 1.5, -1.25, 1.5 * 2**-10, 1.5 * 2**10])
+def test_every_16_bit_number_is_read_and_rounded_as_the_reference_does(isa, dtype, inner_precise, factor):
+    """A short factor makes ties: to even in fp16 high performance, else away from zero."""
+    call = one_by_one(
+        np.arange(2**16, dtype=np.uint16).view(dtype), "relu", factor, inner_precise=inner_precise
+    )
+    assert np.array_equal(native_ffn(**call, isa=isa), reference.ffn(**call), equal_nan=True)
+
+
+@each_isa
+@pytest.mark.parametrize("activation", ["fastgelu", "gelu", "silu"])
+def test_activations_keep_a_few_ulp_over_their_whole_range(isa, activation):
+    wide = np.geomspace(1e-30, 1e30, 5000)
+    x = np.concatenate([np.linspace(-120, 120, 20001), wide, -wide]).astype(np.float32)
+    check(one_by_one(x, activation), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rows_bits_depend_on_nothing_but_the_row(isa, mode):
+    """Not on how many rows there are, the row's place among them, the other rows, or the number of workers."""
+    M, K1, K2 = 300, 272, 320  # more than one wave of rows, blocks of K and blocks of columns
+    call = make_call(mode, "gelu", M, K1, K2)
+    whole = native_ffn(**call, isa=isa)
+    assert same_bits(native_ffn(**call, isa=isa, threads=7), whole)
+    for begin, end in ((0, 1), (1, 8), (8, 41), (41, 300), (299, 300)):
+        assert same_bits(native_ffn(**{**call, "x": call["x"][begin:end]}, isa=isa), whole[begin:end])
+    order = np.random.default_rng(SEED).permutation(M)
+    assert same_bits(native_ffn(**{**call, "x": call["x"][order]}, isa=isa), whole[order])
+    if call["x"].dtype != np.int8:
+        poisoned = call["x"].copy()
+        poisoned[::2] = np.nan
+        assert same_bits(native_ffn(**{**call, "x": poisoned}, isa=isa)[1::2], whole[1::2])
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_are_so_many_dense_calls(isa, mode):
+    counts = (0, 1, 0, 270, 5, 17, 0)
+    call = make_call(mode, "silu", sum(counts), 48, 96, counts=counts)
+    tokens = call.pop("expert_tokens")
+    for threads in (1, 3):
+        y = native_ffn(**call, expert_tokens=tokens, isa=isa, threads=threads)
+        ends = np.cumsum(tokens)
+        assert same_bits(native_ffn(**call, expert_tokens=ends, tokens_index_flag=True, isa=isa), y)
+        for e, (begin, end) in enumerate(zip(ends - tokens, ends, strict=True)):
+            dense = {
+                name: np.atleast_1d(v[e]) if isinstance(v, np.ndarray) else v for name, v in call.items()
+            }
+            dense["x"] = call["x"][begin:end]
+            assert same_bits(native_ffn(**dense, isa=isa), y[begin:end])
+
+
+@each_isa
+def test_empty_experts_weights_are_never_read(isa):
+    call = make_call("float32", "relu", 4, 8, 16, counts=(0, 4, 0))
+    expected = native_ffn(**call, isa=isa)
+    for name in ("weight1", "weight2", "bias1", "bias2"):
+        call[name][[0, 2]] = np.nan
+    assert same_bits(native_ffn(**call, isa=isa), expected)
+
+
+@each_isa
+@given(data=st.data())
+def test_random_calls_agree_with_the_reference(isa, data):
+    mode = data.draw(st.sampled_from(list(MODES)))
+    size = st.integers(1, 40)
+    counts = data.draw(st.just(()) | st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple))
+    activation = data.draw(st.sampled_from(PLAIN + GLU if mode in FLOAT_MODES else PLAIN))
+    call = make_call(
+        mode, activation, sum(counts) if counts else data.draw(size), data.draw(size), data.draw(size),
+        counts=counts, seed=data.draw(st.integers(0, 2**32)),
+        biases=(data.draw(st.booleans()), data.draw(st.booleans())),
+        per_channel_scale=data.draw(st.booleans()),
+        inner_precise=data.draw(st.sampled_from([None, 0, 1])),
+        transposed=data.draw(st.booleans()) and not mode.startswith("w4"),
+    )  # fmt: skip
+    check(call, isa)
+
+
+def test_the_environment_forces_an_instruction_set_or_is_refused():
+    def selected(isa: str) -> subprocess.CompletedProcess[str]:
+        program = "from ffn_ops import _native; print(_native.selected_isa())"
+        environment = {**os.environ, "FFN_OPS_ISA": isa}
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        )
+
+    names = ", ".join(name for name, _ in _native.isas())
+    sentence = f"FFN_OPS_ISA is avx1024, but this build has {names} (unset it, or name one of these)"
+    assert selected("generic").stdout == "generic\n"
+    assert sentence in selected("avx1024").stderr
+    assert _native.selected_isa() in SUPPORTED_ISAS
+
+
+def test_arrays_that_do_not_fit_together_are_refused():
+    call = make_call("float32", "relu", 4, 8, 16)
+    for name in ("weight1", "weight2", "bias1"):
+        with pytest.raises(ValueError, match=f"{name} has another"):
+            native_ffn(**{**call, name: call[name][:-1]})
+    call = make_call("float32", "relu", 4, 8, 16, counts=(3,))
+    with pytest.raises(ValueError, match="expert_tokens does not divide the rows of x"):
+        native_ffn(**call)
