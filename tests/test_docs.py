@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts are in step with the code: links, the code of the README, and its table of modes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ffn_ops import contract
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_page_of_docs_is_linked_from_the_readme_or_the_architecture() -> None:
+    index = README + (ROOT / "docs" / "architecture.md").read_text()
+    linked = {Path(link).name for link in re.findall(r"\]\(([^)#]+)", index)}
+    assert {page.name for page in ROOT.glob("docs/*.md")} <= linked
+
+
+def test_files_that_the_architecture_names_exist() -> None:
+    names = re.findall(
+        r"`((?:csrc|ffn_ops|tests)/[\w./-]+\.\w+)`", (ROOT / "docs" / "architecture.md").read_text()
+    )
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_has_the_contracts_table_of_modes() -> None:
+    assert contract.modes_table() in README, "run `python ffn_ops/contract.py --modes-table` and paste it"
+
+
+def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert "mode float32" in capsys.readouterr().out
+    assert names["y"].shape == names["x"].shape  # type: ignore[attr-defined]
