@@ -4,7 +4,7 @@
 It walks the kernel's steps with intervals instead of values: each holds whatever a kernel may have there that
 sums float32 products in any order and evaluates activations in float32. Named roundings are monotone, so an
 interval passes one by rounding its ends, and most then shrink to a point: that is what lets the bound see a
-single wrong rounding. docs/numerics.md derives every term, tests/test_reference.py tests that mutants are caught.
+single wrong rounding. docs/numerics.md derives every term; tests/test_reference.py catches mutants.
 """
 
 import inspect
@@ -173,26 +173,31 @@ def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike
 def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
     """a W + b in float32, in any order, fused or not."""
     if product.antiquant_scale is None:
-        weight, gross = _point(product.weight), np.abs(product.weight.astype(np.float64))
+        weight = _point(product.weight)
+        terms = gross = _finite(np.abs(weight.middle))
     else:
-        weight, gross = _expanded(product, dtype)
+        weight, gross, terms = _expanded(product, dtype)
     bias = np.zeros(1) if product.bias is None else product.bias.astype(np.float64)
     a_size, w_size = _finite(np.abs(a.middle)), _finite(np.abs(weight.middle))
-    size = (a_size + a.radius) @ _finite(gross) + _finite(np.abs(bias))
+    size = (a_size + a.radius) @ gross + _finite(np.abs(bias))
     K = len(product.weight)
     roundings = (K + EXTRA_ROUNDINGS) * UNIT
-    radius = (
-        roundings / (1 - roundings) * size
-        + TINY * (K + (a_size + a.radius).sum(axis=1, keepdims=True))
-        + a.radius @ (w_size + weight.radius)
-        + a_size @ weight.radius
-    )
+    rounded = roundings / (1 - roundings) * size
+    rounded = rounded + TINY * (K + (a_size + a.radius).sum(axis=1, keepdims=True))
+    if product.antiquant_scale is None:
+        # Multiples of one power of two, at most 2**24 of them in all: no order of the sum rounds anything.
+        step = np.minimum(_step(a_size, axis=1) * _step(w_size, axis=0), _step(_finite(bias)[None], axis=0))
+        exact = ~a.radius.any(axis=1, keepdims=True) & (step >= TINY) & (size <= step / UNIT)
+        rounded = np.where(exact, 0, rounded)
+    radius = rounded + a.radius @ (w_size + weight.radius) + a_size @ weight.radius
     a_wild, w_wild = ~np.isfinite(a.middle), ~np.isfinite(weight.middle)
     known = (
         a.known.all(axis=1, keepdims=True)
         & weight.known.all(axis=0, keepdims=True)
         & (_count(a_wild, weight.may_vanish) + _count(a.may_vanish, w_wild) == 0)
-        & (size < FLOAT32_LIMIT)  # else the order decides whether a partial sum overflows
+        & (
+            np.maximum(size, (a_size + a.radius) @ terms) < FLOAT32_LIMIT
+        )  # else the order decides on overflow
     )
     return _around(a.middle @ weight.middle + bias, radius, known)
 
@@ -201,23 +206,31 @@ def _finite(v: Array) -> Array:
     return np.where(np.isfinite(v), v, 0)
 
 
+def _step(v: Array, axis: int) -> Array:
+    """The largest power of two that everything along the axis is a multiple of; inf for zeros."""
+    mantissa, exponent = np.frexp(v)
+    whole = np.ldexp(mantissa, 53).astype(np.int64)
+    step = np.where(v == 0, np.inf, np.ldexp((whole & -whole).astype(np.float64), exponent - 53))
+    return step.min(axis=axis, keepdims=True, initial=np.inf)
+
+
 def _count(a: Array, b: Array) -> Array:
     return a.astype(np.float64) @ b.astype(np.float64)
 
 
-def _expanded(product: Product, dtype: npt.DTypeLike) -> tuple[Interval, Array]:
-    """W of antiquant, between unrounded and rounded as in the contract; and |scale| (|w| + |offset|), from which
-    the roundings of a sum count when the scale is applied after it."""
+def _expanded(product: Product, dtype: npt.DTypeLike) -> tuple[Interval, Array, Array]:
+    """W of antiquant, from unrounded to rounded as in the contract. Then, for kernels that scale after a sum:
+    what its roundings are relative to, |scale| (|w| + |offset|), and what may overflow, |w| + |offset|."""
     exact, rounded = expand(product, np.float64), expand(product, dtype).astype(np.float64)
     scale, offset = by_row(product, product.antiquant_scale), by_row(product, product.antiquant_offset)
     terms = np.abs(product.weight.astype(np.float64)) + np.abs(offset.astype(np.float64))
     gross = np.maximum(np.abs(scale.astype(np.float64)) * terms, np.abs(rounded))
     known = np.isfinite(exact) & np.isfinite(rounded)
-    return _around((exact + rounded) / 2, np.abs(exact - rounded) / 2, known), gross
+    return _around((exact + rounded) / 2, np.abs(exact - rounded) / 2, known), _finite(gross), _finite(terms)
 
 
 def _int32_product(q: Interval, product: Product) -> Interval:
-    """q W + b modulo 2**32: exact, so only the doubt about q counts. Where it decides how often the sum wraps,
+    """q W + b modulo 2**32: exact, so only the doubt about q counts. Where it decides how often that wraps,
     or which infinity a scale makes of it, nothing is known."""
     weight = product.weight.astype(np.float64)
     bias = 0 if product.bias is None else product.bias.astype(np.float64)
