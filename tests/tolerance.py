@@ -172,34 +172,36 @@ def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike
 
 def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
     """a W + b in float32, in any order, fused or not."""
-    if product.antiquant_scale is None:
-        weight = _point(product.weight)
-        terms = gross = _finite(np.abs(weight.middle))
-    else:
-        weight, gross, terms = _expanded(product, dtype)
+    a_middle, a_radius, a_size = a.middle, a.radius, _finite(np.abs(a.middle))
     bias = np.zeros(1) if product.bias is None else product.bias.astype(np.float64)
-    a_size, w_size = _finite(np.abs(a.middle)), _finite(np.abs(weight.middle))
-    size = (a_size + a.radius) @ gross + _finite(np.abs(bias))
-    K = len(product.weight)
-    roundings = (K + EXTRA_ROUNDINGS) * UNIT
-    rounded = roundings / (1 - roundings) * size
-    rounded = rounded + TINY * (K + (a_size + a.radius).sum(axis=1, keepdims=True))
+    if product.antiquant_scale is None:
+        w = _point(product.weight)
+        gross = terms = _finite(np.abs(w.low))
+    else:
+        w, gross, terms = _expanded(product, dtype)
+    w_middle, w_radius = w.middle, w.radius
+
+    K = len(w_middle)
+    size = (a_size + a_radius) @ gross + _finite(np.abs(bias))
+    relative = (K + EXTRA_ROUNDINGS) * UNIT
+    error = relative / (1 - relative) * size + TINY * (K + (a_size + a_radius).sum(axis=1, keepdims=True))
     if product.antiquant_scale is None:
         # Multiples of one power of two, at most 2**24 of them in all: no order of the sum rounds anything.
-        step = np.minimum(_step(a_size, axis=1) * _step(w_size, axis=0), _step(_finite(bias)[None], axis=0))
-        exact = ~a.radius.any(axis=1, keepdims=True) & (step >= TINY) & (size <= step / UNIT)
-        rounded = np.where(exact, 0, rounded)
-    radius = rounded + a.radius @ (w_size + weight.radius) + a_size @ weight.radius
-    a_wild, w_wild = ~np.isfinite(a.middle), ~np.isfinite(weight.middle)
+        step = np.minimum(_step(a_size, axis=1) * _step(gross, axis=0), _step(_finite(bias)[None], axis=0))
+        exact = ~a_radius.any(axis=1, keepdims=True) & (step >= TINY) & (size <= step / UNIT)
+        error = np.where(exact, 0, error)
+    radius = error + a_radius @ gross + (a_size + a_radius) @ w_radius
+
+    undecided = _count(~np.isfinite(a_middle), w.may_vanish) + _count(a.may_vanish, ~np.isfinite(w_middle))
     known = (
         a.known.all(axis=1, keepdims=True)
-        & weight.known.all(axis=0, keepdims=True)
-        & (_count(a_wild, weight.may_vanish) + _count(a.may_vanish, w_wild) == 0)
+        & w.known.all(axis=0, keepdims=True)
+        & (undecided == 0)
         & (
-            np.maximum(size, (a_size + a.radius) @ terms) < FLOAT32_LIMIT
+            np.maximum(size, (a_size + a_radius) @ terms) < FLOAT32_LIMIT
         )  # else the order decides on overflow
     )
-    return _around(a.middle @ weight.middle + bias, radius, known)
+    return _around(a_middle @ w_middle + bias, radius, known)
 
 
 def _finite(v: Array) -> Array:
