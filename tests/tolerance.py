@@ -192,14 +192,15 @@ def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
         error = np.where(exact, 0, error)
     radius = error + a_radius @ gross + (a_size + a_radius) @ w_radius
 
+    largest = np.maximum(
+        size, (a_size + a_radius) @ terms
+    )  # beyond float32, the order decides what overflows
     undecided = _count(~np.isfinite(a_middle), w.may_vanish) + _count(a.may_vanish, ~np.isfinite(w_middle))
     known = (
         a.known.all(axis=1, keepdims=True)
         & w.known.all(axis=0, keepdims=True)
         & (undecided == 0)
-        & (
-            np.maximum(size, (a_size + a_radius) @ terms) < FLOAT32_LIMIT
-        )  # else the order decides on overflow
+        & (largest < FLOAT32_LIMIT)
     )
     return _around(a_middle @ w_middle + bias, radius, known)
 
