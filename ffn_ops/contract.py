@@ -165,7 +165,8 @@ def _operand_rules() -> Iterator[Rule]:
                        f"{name} is missing, but mode {{mode}} needs it ({fix})")  # fmt: skip
             yield Rule(f"{name}-unused", "cpu fused", (), "left_out", (name,),
                        f"{name} is given, but mode {{mode}} takes none ({fix})")  # fmt: skip
-    for name, operand in OPERANDS.items():
+    for name in ("output_dtype", *(name for name in OPERANDS if name != "output_dtype")):  # it may be why others fail
+        operand = OPERANDS[name]
         if name not in ("x", "weight1"):  # these two choose the mode
             yield Rule(f"{name}-dtype", "cpu fused", (), "dtype", (name,),
                        f"{name} is {{dtype}}, but mode {{mode}} takes {{dtypes}} ({operand.dtype_fix})")  # fmt: skip
@@ -188,6 +189,10 @@ RULES = (
          f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast one of them)"),
     Rule("mode-on-npu", "fused", (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
+    Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
+         "mode {mode} does not exist on ascend310p, which has fp16 only (cast to float16)"),
+    Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
+         "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use another target)"),
     *_operand_rules(),
     Rule("deq_scale-same-dtype", BOTH, (), "equal", ("deq_scale1.dtype", 1, "deq_scale2.dtype"),
          "deq_scale2 is {deq_scale2.dtype}, but deq_scale1 is {deq_scale1.dtype} and both must have one dtype (convert one of them)"),
@@ -233,6 +238,16 @@ RULES = (
          "x has M = {M} rows, but aclnnFFNV3 takes at most 2147483616 of int8 (split x)"),
     Rule("E-limit", "fused", ("experts",), "between", ("E", 1, 256),
          "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
+    Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
+         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in float16 only (cast to float16, or use the cpu target)"),
+    Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
+         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 (dequantize the weights)"),
+    Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
+         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
+    Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
+         "x has {rank} dimensions, but ascend310p takes exactly 2 (flatten the leading ones)"),
+    Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
+         "expert_tokens names E = {E} experts, but ascend310p has dense calls only (call once for each expert)"),
     Rule("inner_precise", BOTH, (), "one_of", ("inner_precise", 0, 1),
          "inner_precise is {inner_precise}, but it must be 0 (high precision) or 1 (high performance) (leave it out for the default)"),
     Rule("inner_precise-bf16", BOTH, ("bf16", "not glu"), "one_of", ("inner_precise", 0),
@@ -241,20 +256,6 @@ RULES = (
          "inner_precise is {inner_precise}, but {activation} has high performance only (leave it out, or pass 1)"),
     Rule("inner_precise-310p", "fused", ("310p",), "one_of", ("inner_precise", 1),
          "inner_precise is {inner_precise}, but ascend310p has high performance only (leave it out, or pass 1)"),
-    Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
-         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in float16 only (cast to float16, or use the cpu target)"),
-    Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
-         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 (dequantize the weights)"),
-    Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
-         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
-    Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
-         "mode {mode} does not exist on ascend310p, which has fp16 only (cast to float16)"),
-    Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
-         "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use another target)"),
-    Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
-         "x has {rank} dimensions, but ascend310p takes exactly 2 (flatten the leading ones)"),
-    Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
-         "expert_tokens names E = {E} experts, but ascend310p has dense calls only (call once for each expert)"),
     Rule("addressable", BOTH, (), "addressable", (),
          "the shapes hold 2**63 bytes or more in one tensor, which no memory has (check the sizes)"),
 )  # fmt: skip
@@ -451,7 +452,7 @@ def _holds(rule: Rule, call: _Call, route: str) -> bool:
         return call.mode is not None
     if rule.check == "addressable":
         return all(
-            (count := _product(spec.shape)) is None or count * DTYPES[spec.dtype] // 8 < 2**63
+            (count := _product(spec.shape)) is None or count * DTYPES[spec.dtype] // 8 < 2**63 - 1  # where _product saturates
             for spec in call.specs.values()
         )
     if rule.check == "given":

@@ -126,7 +126,7 @@ bool Addressable(const Call& call) {
     if (!spec.given) continue;
     const __int128 bits = static_cast<__int128>(Product(spec.shape.data(), spec.shape.size())) *
                           kDTypeBits[static_cast<int>(spec.dtype)];
-    if (bits / 8 > INT64_MAX) return false;
+    if (bits / 8 >= INT64_MAX) return false;  // where Product saturates
   }
   return true;
 }
