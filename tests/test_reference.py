@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import ACTIVATION_ERROR, SLOPE, assert_close, bound
 
 import reference
 from reference.activation import FORMULAS, GLU, activate
 from reference.ffn import Product, accumulate, by_row
 from reference.rounding import ALL_32_BITS, Array, half_away, multiplier, nearest_even, quantize
-from tests.tolerance import ACTIVATION_ERROR, SLOPE, assert_close, bound
 
 F16, F32, BF16, I8, I4 = np.float16, np.float32, ml_dtypes.bfloat16, np.int8, ml_dtypes.int4
 steps = importlib.import_module("reference.ffn")  # the module; reference.ffn is its function
