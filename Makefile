@@ -2,7 +2,7 @@
 # Every target sets up what it needs: .venv with pinned packages (constraints.txt), then the compiled modules.
 # Needs Python >= 3.10 (PYTHON=python3.12 chooses one), a C++17 compiler and make.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import ffn_ops
-from ffn_ops import _native
+import ffn_ops._native as _native
 
 TESTED_TORCH = "2.13"  # what the test suite runs on; build-system.requires and constraints.txt name the same
 
