@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage forms of the operator's tensors: packed int4 weights, 64-bit deq_scale, the order of GLU halves.
+
+quantize/ and layer.py build on it; users of torch.ops.ffn.ffn call it on their own weights. Torch only.
+"""
+
+import torch
+from torch import Tensor
+
+from ffn_ops.contract import ContractError
+
+# The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
+_DEQ_BITS = 0xFFFFE000
+_DEQ_FLAG = 1 << 46  # npu_trans_quant_param sets it; the operator ignores it
+_INT4_PER_WORD = {torch.uint8: 2, torch.int32: 8}
+
+
+def pack_int4(values: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Packs int8 `values` in [-8, 7] along the last dimension, low nibble first.
+
+    uint8 holds two per byte; int32 holds eight per word, in the same bytes (torch_npu's convention).
+    """
+    if dtype not in _INT4_PER_WORD:
+        raise ContractError(f"dtype is {dtype}, but int4 is stored in torch.uint8 or torch.int32 (pass one)")
+    if values.dtype != torch.int8:
+        raise ContractError(
+            f"values is {values.dtype}, but int4 is packed from torch.int8 (round and cast it)"
+        )
+    per_word = _INT4_PER_WORD[dtype]
+    if values.dim() == 0 or values.shape[-1] % per_word:
+        raise ContractError(
+            f"values has shape {tuple(values.shape)}, but {dtype} takes a last dimension divisible by "
+            f"{per_word} (pad it with zeros)"
+        )
+    if values.numel() and (values.min() < -8 or values.max() > 7):
+        raise ContractError(
+            f"values spans [{values.min()}, {values.max()}], but int4 holds [-8, 7] "
+            "(clamp it, or quantize with a larger scale)"
+        )
+    nibbles = (values & 0xF).to(dtype).unflatten(-1, (values.shape[-1] // per_word, per_word))
+    shifts = 4 * torch.arange(per_word, dtype=dtype, device=values.device)
+    return (nibbles << shifts).sum(-1, dtype=dtype)  # no two share a bit, so the sum is their union
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The int8 values of a tensor packed by `pack_int4`."""
+    if packed.dtype not in _INT4_PER_WORD or packed.dim() == 0:
+        raise ContractError(
+            f"packed is {packed.dtype} of shape {tuple(packed.shape)}, but packed int4 is torch.uint8 or "
+            "torch.int32 with one dimension or more (see pack_int4)"
+        )
+    pairs = packed.contiguous().view(torch.int8)
+    # The right shift of int8 extends the sign of each nibble.
+    return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)
+
+
+def pack_deq_scale(scale: Tensor) -> Tensor:
+    """float32 `scale` as the int64 that deq_scale1 and deq_scale2 take, as npu_trans_quant_param makes it."""
+    if scale.dtype != torch.float32:
+        raise ContractError(f"scale is {scale.dtype}, but a deq_scale is packed from torch.float32 (cast it)")
+    return (scale.view(torch.int32).to(torch.int64) & _DEQ_BITS) | _DEQ_FLAG
+
+
+def unpack_deq_scale(packed: Tensor) -> Tensor:
+    """The float32 that the operator multiplies by when it is given `packed`."""
+    if packed.dtype not in (torch.int64, torch.uint64):
+        raise ContractError(f"packed is {packed.dtype}, but a deq_scale is torch.int64 (see pack_deq_scale)")
+    bits = packed.view(torch.int64) & _DEQ_BITS
+    return bits.to(torch.int32).view(torch.float32)  # the cast keeps the low 32 bits
+
+
+def swap_glu_halves(tensor: Tensor, dim: int = -1) -> Tensor:
+    """Exchanges the halves of a GLU weight or bias along `dim`, the one of size N1.
+
+    Hugging Face packs [gate | up] and computes act(left) * right; the operator computes left * act(right).
+    Packed int4 weights can be passed too: a half is whole bytes whenever the packed size is even.
+    """
+    if tensor.shape[dim] % 2:
+        raise ContractError(
+            f"tensor has size {tensor.shape[dim]} along dimension {dim}, but two halves need an even size "
+            "(choose the dimension that holds both halves)"
+        )
+    return tensor.roll(tensor.shape[dim] // 2, dim)
