@@ -255,7 +255,7 @@ def npu_ffn(
 def _tokens(values: Sequence[int], device: torch.device) -> Tensor:
     try:
         return torch.tensor([operator.index(value) for value in values], dtype=torch.int64, device=device)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(
             f"expert_tokens is {values!r}, but it must hold int64 numbers (pass a list of ints, or an int64 tensor)"
         ) from error

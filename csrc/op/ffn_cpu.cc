@@ -3,6 +3,7 @@
 // threads. Called by library.cc; the kernels are behind cpu/ffn.h.
 #include <torch/csrc/stable/ops.h>
 
+#include <new>
 #include <stdexcept>
 
 #include "cpu/ffn.h"
@@ -48,6 +49,14 @@ Extent ExtentOf(const Tensor& tensor) {
   return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
+void CheckEveryElementHasItsOwnMemory(const Tensor& out) {
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    if (out.size(i) > 1 && out.stride(i) == 0) {
+      throw std::runtime_error("out has several elements in one memory location, but each needs its own (pass out.clone())");
+    }
+  }
+}
+
 // True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed beside
 // it and copied, which is right for any overlap.
 bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
@@ -67,6 +76,17 @@ void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void*
   });
 }
 
+// Torch's own failures come without their reason through the stable ABI, so name the one there is: memory.
+template <class F>
+Tensor Allocate(const char* what, int64_t elements, const F& allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    throw std::runtime_error(std::string(what) + " needs memory for " + std::to_string(elements) +
+                             " elements, but torch could not allocate it (split x, or free memory)");
+  }
+}
+
 // Dense tensors that a Problem points into; they live as long as the call.
 class DenseTensors {
  public:
@@ -75,7 +95,8 @@ class DenseTensors {
   // The operand's elements in row-major order, or null when it is absent.
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
-    kept_.push_back(torch::stable::contiguous(*arguments_.operands[name]));
+    const Tensor& tensor = *arguments_.operands[name];
+    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(), [&] { return torch::stable::contiguous(tensor); }));
     return kept_.back().const_data_ptr();
   }
 
@@ -124,8 +145,9 @@ Tensor FfnCpu(const Arguments& arguments) {
   const auto y_type = y_dtype == contract::DType::kFloat32   ? ScalarType::Float
                       : y_dtype == contract::DType::kFloat16 ? ScalarType::Half
                                                              : ScalarType::BFloat16;
+  if (out) CheckEveryElementHasItsOwnMemory(*out);
   const bool in_place = out && CanWriteInto(*out, arguments);
-  Tensor y = in_place ? *out : torch::stable::new_empty(x, shape, y_type);
+  Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] { return torch::stable::new_empty(x, shape, y_type); });
 
   const auto dtype_of = [&](Operand name) { return ToCpu(call.operands[name].dtype); };
   const bool int4 = call.operands[contract::kWeight1Operand].dtype == contract::DType::kInt4;
@@ -161,7 +183,12 @@ Tensor FfnCpu(const Arguments& arguments) {
   problem.y = y.mutable_data_ptr();
 
   const cpu::ParallelFor parallel{torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads};
-  cpu::RunFfn(problem, parallel);
+  try {
+    cpu::RunFfn(problem, parallel);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("the scratch needs " + std::to_string(cpu::ScratchBytes(problem, parallel.threads)) +
+                             " bytes, but they could not be allocated (use fewer threads, or free memory)");
+  }
   if (out && !in_place) {
     Tensor target = *out;
     torch::stable::copy_(target, y);
