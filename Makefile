@@ -6,7 +6,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-c
 CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
-ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py
+ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py
 
 .PHONY: demo test test-all test-asan bench lint build clean
 
@@ -47,14 +47,15 @@ lint: .venv/ready
 	.venv/bin/cmake --build build/werror
 
 # The package with sanitized modules, put before the ordinary one. The sanitizer must be the first library of the
-# process, and libstdc++ the second, or exceptions are not seen. Leaks are Python's and torch's own.
+# process, and libstdc++ the second, or exceptions are not seen. Leaks are Python's and torch's own. --capture=sys: a
+# report on its way to the end of the process must not end in a capture file.
 test-asan: build
 	$(CMAKE) -B build/asan -DFFN_OPS_SANITIZE=ON
 	.venv/bin/cmake --build build/asan
 	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
 	cp build/asan/*.so build/asan/package/ffn_ops/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/package:. .venv/bin/pytest $(ASAN_TESTS)
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info .venv ffn_ops/*.so
