@@ -7,10 +7,12 @@ Importing it loads the operator and imports torch, and nothing heavy beyond that
 from ffn_ops import packing
 from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain
+from ffn_ops.layer import FFN
 from ffn_ops.op import current_target, ffn, npu_ffn, target
 
 __version__ = "0.1.0"
 __all__ = [
+    "FFN",
     "ContractError",
     "Explanation",
     "current_target",
