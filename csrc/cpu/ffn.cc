@@ -163,7 +163,7 @@ void ForEach(const ParallelFor& parallel, int64_t workers, int64_t tasks, const 
   }
 }
 
-// Columns of a task: what its tile holds, but at least four tasks a worker. Bits do not depend on it
+// Columns of a task: what its tile holds, but at least two tasks a worker. Bits do not depend on it
 // (gemm-inl.h).
 int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
                     int64_t workers) {
@@ -173,7 +173,7 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
   int64_t width = kMinColumns;
   while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
-         static_cast<int64_t>(segments.size()) * columns >= 4 * workers * 2 * width) {
+         static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {
     width *= 2;
   }
   return width;
