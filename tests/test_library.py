@@ -64,7 +64,6 @@ def test_the_wheel_installs_and_runs_in_a_clean_environment(tmp_path: Path) -> N
     run(sys.executable, "-m", "venv", "clean")
     python = tmp_path / "clean" / "bin" / "python"
     run(python, *pip, "install", "--constraint", ROOT / "constraints.txt", wheel)
-    assert "torch" in run(python, *pip, "show", "ffn-ops")
     run(python, "-m", "ffn_ops", "doctor")  # makes a call and checks it
     program = "import ffn_ops, ffn_ops._native; print(ffn_ops.__file__)"
     assert run(python, "-c", program).startswith(str(tmp_path / "clean"))
