@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m ffn_ops {doctor,demo}: the command line. doctor.py and demo.py do the work."""
+"""python -m ffn_ops {doctor,explain,demo}: the command line. doctor.py, explain.py and demo.py do the work."""
 
+import re
 import sys
 
 try:
@@ -24,6 +25,35 @@ def doctor() -> None:
     if problems:
         raise typer.Exit(1)
     typer.secho("The CPU path is healthy.", fg="green")
+
+
+@app.command()
+def explain(
+    activation: str,
+    tensors: list[str] = typer.Argument(help="name=dtype[sizes], such as x=float16[32,1024] weight1=int4[1024,4096]"),
+    target: str = typer.Option("ascend910b", help="cpu, ascend910b or ascend310p"),
+    inner_precise: int | None = typer.Option(None),
+    output_dtype: str | None = typer.Option(None),
+) -> None:
+    """Say what a target makes of a call, or every rule the call breaks; the exit code is 0 when it takes it."""
+    from ffn_ops import ContractError
+    from ffn_ops import explain as plan
+
+    operands = {}
+    for text in tensors:
+        match = re.fullmatch(r"(\w+)=(\w+)\[([\d, ]*)\]", text)
+        if match is None:
+            raise typer.BadParameter(f"{text!r} is not name=dtype[sizes], such as x=float16[32,1024]")
+        operands[match[1]] = (match[2], tuple(int(size) for size in match[3].split(",") if size.strip()))
+    try:
+        explanation = plan(
+            **operands, activation=activation, target=target, inner_precise=inner_precise, output_dtype=output_dtype
+        )
+    except (ContractError, TypeError) as error:  # an unknown target; an operand that is missing or unknown
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(explanation)
+    if not explanation.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

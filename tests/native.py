@@ -12,7 +12,6 @@ from ffn_ops import _native
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_GLU = ("geglu", "swiglu", "reglu")
 
 
 def native_ffn(
@@ -32,11 +31,9 @@ def native_ffn(
     """reference.ffn with the kernels of `isa`, divided among `threads` workers. Weights may be transposed."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
     y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
-    operands |= {"x": x, "y": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}
-    if inner_precise is None:
-        inner_precise = 1 if activation in _GLU else 0
+    operands |= {"x": x, "out": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}
     _native.ffn(
-        activation=activation, tokens_index_flag=tokens_index_flag, high_precision=inner_precise == 0,
+        activation=activation, tokens_index_flag=tokens_index_flag, inner_precise=inner_precise,
         isa=isa, threads=threads, **{name: _pair(a) for name, a in operands.items() if a is not None},
     )  # fmt: skip
     return y

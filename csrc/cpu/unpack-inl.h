@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns stored numbers into the float32 that gemm-inl.h multiplies: blocks of a weight into panels, with the
-// antiquant modes' (w + offset) * scale on the way, and rows of anything into floats. Built on vec-inl.h.
+// antiquant modes' (w + offset) * scale on the way, rounded as contract.md section e.5 rounds it, and rows of
+// anything into floats. Built on vec-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -33,7 +34,8 @@ inline void LoadRow(DType dtype, const void* data, int64_t index, int64_t count,
 
 // A block [rows, columns] of a weight on its way into panels: element (k, n) goes to panel n / kPanelColumns,
 // which is [panel_rows][kPanelColumns]. Columns that fill up the last panel are zeros.
-template <typename T, bool kAntiquant>
+// kAntiquant is the format that (w + offset) * scale is rounded to, or kNone for a weight without them.
+template <typename T, Rounding kAntiquant>
 struct Unpacker {
   const T* from;      // element (0, 0)
   int64_t stride;     // items from one row to the next, or from one column to the next of a transposed weight
@@ -41,7 +43,7 @@ struct Unpacker {
   int64_t rows, columns;
   float* panels;
   int64_t panel_rows;
-  const float* offset;  // [columns] of the rows' group; read with kAntiquant only
+  const float* offset;  // [columns] of the rows' group; read for antiquant only
   const float* scale;
 
   inline float* Place(int64_t k, int64_t n) const {
@@ -49,8 +51,10 @@ struct Unpacker {
   }
 
   inline F32 Value(int64_t n, F32 w) const {
-    if constexpr (kAntiquant) return (w + LoadFloats(offset + n)) * LoadFloats(scale + n);
-    return w;
+    if constexpr (kAntiquant == Rounding::kNone) return w;
+    F32 sum = w + LoadFloats(offset + n);
+    if constexpr (kAntiquant == Rounding::kFp16) sum = Round(Rounding::kFp16, sum);  // fp16 rounds each step
+    return Round(kAntiquant, sum * LoadFloats(scale + n));
   }
 
   void Straight() const {
@@ -103,7 +107,7 @@ struct Block {
   int64_t expert, k, rows, column, columns;
 };
 
-template <typename T, bool kAntiquant = false>
+template <typename T, Rounding kAntiquant = Rounding::kNone>
 inline void Unpack(const Product& product, const Block& block, int64_t panel_row, int64_t panel_rows,
                    TaskScratch* scratch) {
   const Weight& weight = *product.weight;
@@ -125,6 +129,16 @@ inline void Unpack(const Product& product, const Block& block, int64_t panel_row
     unpacker.Straight();  // int4 has no other layout
   }
   unpacker.Fill();
+}
+
+template <Rounding kAntiquant>
+inline void UnpackGroup(const Problem& problem, const Product& product, const Block& block, int64_t panel_row,
+                        int64_t panel_rows, TaskScratch* scratch) {
+  if (problem.weight_dtype == DType::kInt8) {
+    Unpack<int8_t, kAntiquant>(product, block, panel_row, panel_rows, scratch);
+  } else {
+    Unpack<Int4Pair, kAntiquant>(product, block, panel_row, panel_rows, scratch);
+  }
 }
 
 // Unpacks a block into scratch->panel, for the antiquant modes group by group.
@@ -153,10 +167,10 @@ inline void UnpackBlock(const Problem& problem, const Product& product, const Bl
     const int64_t channel = (block.expert * channels.G + group) * product.N + block.column;
     LoadRow(problem.x_dtype, channels.antiquant_offset, channel, block.columns, scratch->antiquant_offset);
     LoadRow(problem.x_dtype, channels.antiquant_scale, channel, block.columns, scratch->antiquant_scale);
-    if (problem.weight_dtype == DType::kInt8) {
-      Unpack<int8_t, true>(product, part, part.k - block.k, block.rows, scratch);
+    if (problem.x_dtype == DType::kFloat16) {
+      UnpackGroup<Rounding::kFp16>(problem, product, part, part.k - block.k, block.rows, scratch);
     } else {
-      Unpack<Int4Pair, true>(product, part, part.k - block.k, block.rows, scratch);
+      UnpackGroup<Rounding::kBf16>(problem, product, part, part.k - block.k, block.rows, scratch);
     }
   }
 }

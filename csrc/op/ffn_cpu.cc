@@ -6,7 +6,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "cpu/ffn.h"
+#include "cpu/problem.h"
 #include "op/call.h"
 
 namespace ffn::op {
@@ -14,25 +14,10 @@ namespace {
 
 using contract::Operand;
 
-cpu::DType ToCpu(contract::DType dtype) {
-  switch (dtype) {
-    case contract::DType::kFloat16:
-      return cpu::DType::kFloat16;
-    case contract::DType::kBfloat16:
-      return cpu::DType::kBFloat16;
-    case contract::DType::kInt8:
-      return cpu::DType::kInt8;
-    case contract::DType::kInt4:
-      return cpu::DType::kInt4;
-    case contract::DType::kInt32:
-      return cpu::DType::kInt32;
-    case contract::DType::kInt64:
-      return cpu::DType::kInt64;
-    case contract::DType::kUint64:
-      return cpu::DType::kUInt64;
-    default:  // the contract has refused the rest
-      return cpu::DType::kFloat32;
-  }
+ScalarType ToTorch(cpu::DType y_dtype) {
+  return y_dtype == cpu::DType::kFloat32   ? ScalarType::Float
+         : y_dtype == cpu::DType::kFloat16 ? ScalarType::Half
+                                           : ScalarType::BFloat16;
 }
 
 // The bytes from a tensor's first element to the end of its last; empty for an empty tensor.
@@ -100,12 +85,20 @@ class DenseTensors {
     return kept_.back().const_data_ptr();
   }
 
+  void Fill(cpu::Channels& channels, Operand bias, Operand deq_scale, Operand antiquant_scale,
+            Operand antiquant_offset) {
+    channels.bias = Data(bias);
+    channels.deq_scale = Data(deq_scale);
+    channels.antiquant_scale = Data(antiquant_scale);
+    channels.antiquant_offset = Data(antiquant_offset);
+  }
+
   // A weight in place when rows or columns are dense, as for [K, N] weights and transposed nn.Linear weights.
-  cpu::Weight Weight(Operand name, bool packed, int64_t K, int64_t N) {
+  cpu::Weight Weight(Operand name, cpu::DType dtype, int64_t K, int64_t N) {
     const Tensor& tensor = arguments_.operand(name);
     const int64_t rank = tensor.dim();
     const int64_t row_stride = tensor.stride(rank - 2), col_stride = tensor.stride(rank - 1);
-    if (packed || (row_stride != 1 && col_stride != 1)) return {Data(name), K * N, N, 1};
+    if (dtype == cpu::DType::kInt4 || (row_stride != 1 && col_stride != 1)) return {Data(name), K * N, N, 1};
     return {tensor.const_data_ptr(), rank == 3 ? tensor.stride(0) : 0, row_stride, col_stride};
   }
 
@@ -124,11 +117,10 @@ Tensor FfnCpu(const Arguments& arguments) {
     throw std::runtime_error(broken);
   }
   const int64_t* facts = plan.facts;
-  const bool experts = facts[contract::kExpertsFact] != 0;
   DenseTensors dense(arguments);
 
   std::vector<int64_t> row_ends;
-  if (experts) {
+  if (facts[contract::kExpertsFact] != 0) {
     const auto* tokens = static_cast<const int64_t*>(dense.Data(contract::kExpertTokensOperand));
     const std::string broken = contract::RowEnds(tokens, facts[contract::kEFact], facts[contract::kMFact],
                                                  arguments.tokens_index_flag, &row_ends);
@@ -137,50 +129,27 @@ Tensor FfnCpu(const Arguments& arguments) {
     row_ends = {facts[contract::kMFact]};
   }
 
+  cpu::Problem problem = cpu::ProblemOf(call, plan);
+  problem.row_ends = row_ends.data();
+
   const Tensor& x = arguments.operand(contract::kXOperand);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = facts[contract::kN2Fact];
   const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
-  const contract::DType y_dtype = contract::OnlyDType(facts[contract::kModeFact], contract::kOutOperand);
-  const auto y_type = y_dtype == contract::DType::kFloat32   ? ScalarType::Float
-                      : y_dtype == contract::DType::kFloat16 ? ScalarType::Half
-                                                             : ScalarType::BFloat16;
   if (out) CheckEveryElementHasItsOwnMemory(*out);
   const bool in_place = out && CanWriteInto(*out, arguments);
-  Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] { return torch::stable::new_empty(x, shape, y_type); });
+  Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] {
+    return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1
+  });
+  problem.y = y.mutable_data_ptr();
 
-  const auto dtype_of = [&](Operand name) { return ToCpu(call.operands[name].dtype); };
-  const bool int4 = call.operands[contract::kWeight1Operand].dtype == contract::DType::kInt4;
-  cpu::Problem problem;
-  problem.x_dtype = dtype_of(contract::kXOperand);
-  problem.weight_dtype = dtype_of(contract::kWeight1Operand);
-  problem.y_dtype = ToCpu(y_dtype);
-  problem.bias_dtype = ToCpu(contract::OnlyDType(facts[contract::kModeFact], contract::kBias1Operand));
-  problem.deq_dtype = dtype_of(contract::kDeqScale1Operand);
-  problem.activation = static_cast<cpu::Activation>(facts[contract::kActivationFact]);
-  problem.high_precision = facts[contract::kInnerPreciseFact] == 0;
-  problem.per_channel_scale = facts[contract::kPerChannelFact] != 0;
-  problem.M = facts[contract::kMFact];
-  problem.K1 = facts[contract::kK1Fact];
-  problem.N1 = facts[contract::kN1Fact];
-  problem.K2 = facts[contract::kK2Fact];
-  problem.N2 = facts[contract::kN2Fact];
-  problem.E = experts ? facts[contract::kEFact] : 1;
   problem.x = dense.Data(contract::kXOperand);
-  problem.weight1 = dense.Weight(contract::kWeight1Operand, int4, problem.K1, problem.N1);
-  problem.weight2 = dense.Weight(contract::kWeight2Operand, int4, problem.K2, problem.N2);
-  problem.channels1 = {dense.Data(contract::kBias1Operand), dense.Data(contract::kDeqScale1Operand),
-                       dense.Data(contract::kAntiquantScale1Operand), dense.Data(contract::kAntiquantOffset1Operand)};
-  problem.channels2 = {dense.Data(contract::kBias2Operand), dense.Data(contract::kDeqScale2Operand),
-                       dense.Data(contract::kAntiquantScale2Operand), dense.Data(contract::kAntiquantOffset2Operand)};
-  if (facts[contract::kPerGroupFact] != 0) {
-    problem.channels1.G = facts[contract::kG1Fact];
-    problem.channels2.G = facts[contract::kG2Fact];
-  }
+  problem.weight1 = dense.Weight(contract::kWeight1Operand, problem.weight_dtype, problem.K1, problem.N1);
+  problem.weight2 = dense.Weight(contract::kWeight2Operand, problem.weight_dtype, problem.K2, problem.N2);
   problem.scale = static_cast<const float*>(dense.Data(contract::kScaleOperand));
   problem.offset = static_cast<const float*>(dense.Data(contract::kOffsetOperand));
-  problem.row_ends = row_ends.data();
-  problem.y = y.mutable_data_ptr();
+  dense.Fill(problem.channels1, contract::kBias1Operand, contract::kDeqScale1Operand,
+             contract::kAntiquantScale1Operand, contract::kAntiquantOffset1Operand);
+  dense.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand,
+             contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
 
   const cpu::ParallelFor parallel{torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads};
   try {

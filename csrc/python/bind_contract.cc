@@ -4,25 +4,14 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <map>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
-#include "contract/contract.h"
-
 namespace ffn {
 namespace {
-
-// A position in one of the contract's name tables.
-template <size_t kCount>
-int Position(const char* const (&names)[kCount], const std::string& name) {
-  const auto* found = std::find(std::begin(names), std::end(names), name);
-  if (found == std::end(names)) throw pybind11::value_error(name + " is not in the contract's tables");
-  return static_cast<int>(found - names);
-}
 
 using Specs = std::map<std::string, std::pair<std::string, std::vector<int64_t>>>;
 
