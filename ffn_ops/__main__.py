@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m ffn_ops {doctor,explain,demo}: the command line. doctor.py, explain.py and demo.py do the work."""
+"""python -m ffn_ops {doctor,explain,demo}: the command line; the modules of those names do the work."""
 
 import re
 import sys
+from typing import Annotated, Any
 
 try:
     import typer
@@ -30,16 +31,16 @@ def doctor() -> None:
 @app.command()
 def explain(
     activation: str,
-    tensors: list[str] = typer.Argument(help="name=dtype[sizes], such as x=float16[32,1024] weight1=int4[1024,4096]"),
-    target: str = typer.Option("ascend910b", help="cpu, ascend910b or ascend310p"),
-    inner_precise: int | None = typer.Option(None),
-    output_dtype: str | None = typer.Option(None),
+    tensors: Annotated[list[str], typer.Argument(help="name=dtype[sizes], such as x=float16[32,1024]")],
+    target: Annotated[str, typer.Option(help="cpu, ascend910b or ascend310p")] = "ascend910b",
+    inner_precise: int | None = None,
+    output_dtype: str | None = None,
 ) -> None:
-    """Say what a target makes of a call, or every rule the call breaks; the exit code is 0 when it takes it."""
+    """Say what a target makes of a call, or every rule it breaks; the exit code is 0 when it takes it."""
     from ffn_ops import ContractError
     from ffn_ops import explain as plan
 
-    operands = {}
+    operands: dict[str, Any] = {}
     for text in tensors:
         match = re.fullmatch(r"(\w+)=(\w+)\[([\d, ]*)\]", text)
         if match is None:
@@ -47,7 +48,11 @@ def explain(
         operands[match[1]] = (match[2], tuple(int(size) for size in match[3].split(",") if size.strip()))
     try:
         explanation = plan(
-            **operands, activation=activation, target=target, inner_precise=inner_precise, output_dtype=output_dtype
+            **operands,
+            activation=activation,
+            target=target,
+            inner_precise=inner_precise,
+            output_dtype=output_dtype,
         )
     except (ContractError, TypeError) as error:  # an unknown target; an operand that is missing or unknown
         raise typer.BadParameter(str(error)) from None

@@ -3,17 +3,17 @@
 
 Tables say which tensors exist (OPERANDS), which dtype combinations run (MODES) and what must hold (RULES).
 `resolve` checks one call against them and returns a `Plan`, or raises the first violated rule in table order;
-`violations` lists all of them. The fake kernel, `explain`, the tests and the README's mode table use this module, and
-the build emits the tables to C++ (`--emit`), where csrc/contract evaluates them without Python. Standard library only.
+`violations` lists all of them. The fake kernel, `explain`, the tests and the README's mode table use this
+module, and csrc/contract/emit.py turns the tables into C++ at build, where they are evaluated without Python.
+Standard library only.
 
-Sizes: x is [..., K1] with M rows, weight1 [K1, N1], weight2 [K2, N2], each with a leading E when experts are used;
-G1 and G2 are the antiquant groups of weight1 and weight2. int4 weights are described in int4 elements.
+Sizes: x is [..., K1] with M rows, weight1 [K1, N1], weight2 [K2, N2], each with a leading E when experts are
+used; G1 and G2 are the antiquant groups of weight1 and weight2. int4 weights are described in int4 elements.
 Source: the vendor's aclnnFFNV3 documentation and checks; docs/architecture.md says how a call passes through.
 """
 
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 GLU = ("geglu", "swiglu", "reglu")
@@ -45,7 +45,8 @@ class Mode(NamedTuple):
     tokens: str = "int64"
 
 
-# The dtypes of x, weight1 and (for int8 x) output_dtype choose the mode; the first row is output_dtype's default.
+# The dtypes of x, weight1 and (for int8 x) output_dtype choose the mode; the first row is output_dtype's
+# default.
 MODES = (
     #    name          routes       x           weight      y           bias
     Mode("float32",    "cpu",       "float32",  "float32",  "float32",  "float32"),
@@ -64,9 +65,9 @@ FLOAT_MODES = ("float32", "fp16", "bf16")
 class Operand(NamedTuple):
     """A tensor of the call: its dtype column in MODES, the shapes it may have, and how to mend a wrong one.
 
-    Shapes are axes by name. `*` is x's leading axes; `E?` is there exactly when experts are used, `G1?` exactly when
-    antiquant_scale1 is per group; `E|1` is E with experts and 1 without. `cpu dense:` limits a shape to that route
-    and to calls without experts (torch_npu's own tests pass deq_scale as [1, N]).
+    Shapes are axes by name. `*` is x's leading axes; `E?` is there exactly when experts are used, `G1?`
+    exactly when antiquant_scale1 is per group; `E|1` is E with experts and 1 without. `cpu dense:` limits a
+    shape to that route and to calls without experts (torch_npu's own tests pass deq_scale as [1, N]).
     """
 
     column: str
@@ -106,9 +107,10 @@ OPERANDS = {
 }  # fmt: skip
 OPTIONAL = ("expert_tokens", "bias1", "bias2", "out", "output_dtype")
 
-# What a rule looks at. Sizes first; then codes and flags: activation, mode and target are positions in their tables,
-# experts, per_group and per_channel are 0 or 1, `name.dtype` is a position in DTYPES. A fact that the call does not
-# determine (a size behind a missing operand, a symbolic M) is unknown, and rules that need it are passed over.
+# What a rule looks at. Sizes first; then codes and flags: activation, mode and target are positions in their
+# tables, experts, per_group and per_channel are 0 or 1, `name.dtype` is a position in DTYPES. A fact that the
+# call does not determine (a size behind a missing operand, a symbolic M) is unknown, and rules that need it
+# are passed over.
 FACTS = (
     "M", "K1", "N1", "K2", "N2", "E", "G1", "G2", "rank", "inner_precise",
     "activation", "mode", "target", "experts", "per_group", "per_channel",
@@ -165,7 +167,10 @@ def _operand_rules() -> Iterator[Rule]:
                        f"{name} is missing, but mode {{mode}} needs it ({fix})")  # fmt: skip
             yield Rule(f"{name}-unused", "cpu fused", (), "left_out", (name,),
                        f"{name} is given, but mode {{mode}} takes none ({fix})")  # fmt: skip
-    for name in ("output_dtype", *(name for name in OPERANDS if name != "output_dtype")):  # it may be why others fail
+    for name in (
+        "output_dtype",
+        *(name for name in OPERANDS if name != "output_dtype"),
+    ):  # it may be why others fail
         operand = OPERANDS[name]
         if name not in ("x", "weight1"):  # these two choose the mode
             yield Rule(f"{name}-dtype", "cpu fused", (), "dtype", (name,),
@@ -273,10 +278,14 @@ class Spec(NamedTuple):
 
 
 def spec_of(name: str, value: Any) -> Spec:
-    """The Spec of operand `name` given as a tensor, an array, a list of tokens, a (dtype, shape) pair or a Spec.
+    """The Spec of operand `name` given as a tensor, an array, a list of tokens, a (dtype, shape) pair or a
+    Spec.
 
-    Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4 and counted in int4 elements.
+    Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4 and counted in int4
+    elements.
     """
+    dtype: Any
+    shape: tuple[int | None, ...]
     if name == "output_dtype":
         dtype, shape = value, ()
     elif hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -288,7 +297,7 @@ def spec_of(name: str, value: Any) -> Spec:
     dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
     packed = {"int32": 8, "uint8": 2}.get(dtype) if name in ("weight1", "weight2") else None
     if packed:
-        dtype, shape = "int4", shape[:-1] + tuple(size * packed for size in shape[-1:])
+        dtype, shape = "int4", shape[:-1] + tuple(size and size * packed for size in shape[-1:])
     return Spec(dtype if dtype in DTYPES else "other", shape)
 
 
@@ -323,8 +332,8 @@ def resolve(
     """Checks a call for `target` and returns its plan.
 
     `specs` maps names of OPERANDS to what is known of them; absent operands are left out, and the argument
-    output_dtype is given as Spec(dtype, ()). Raises ContractError with the first violated rule of the target's first
-    route if no route takes the call.
+    output_dtype is given as Spec(dtype, ()). Raises ContractError with the first violated rule of the
+    target's first route if no route takes the call.
     """
     first = None
     for route in TARGETS[target]:
@@ -338,14 +347,20 @@ def resolve(
 
 
 def violations(
-    specs: Mapping[str, Spec], activation: str, route: str, *, inner_precise: int | None = None, target: str = "cpu"
+    specs: Mapping[str, Spec],
+    activation: str,
+    route: str,
+    *,
+    inner_precise: int | None = None,
+    target: str = "cpu",
 ) -> tuple[Violation, ...]:
     """Every rule of `route` that the call breaks, in table order; empty when the route takes it."""
     return tuple(_violations(_describe(specs, activation, inner_precise, target), route))
 
 
 def row_ends(expert_tokens: Sequence[int], M: int, tokens_index_flag: bool) -> list[int]:
-    """The end row of each expert from its values (contract section d). Raises ContractError when they do not fit M.
+    """The end row of each expert from its values (contract section d). Raises ContractError when they do not
+    fit M.
 
     Only the CPU can check values: on a device they are not read. csrc/contract holds the twin.
     """
@@ -397,7 +412,7 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
     facts["rank"] = len(specs["x"].shape)
     facts["M"] = row_count(specs["x"])
     scale1 = specs["antiquant_scale1"].shape if "antiquant_scale1" in specs else ()
-    facts["per_group"] = int(len(scale1) == 2 + facts["experts"])
+    facts["per_group"] = int(len(scale1) == (3 if facts["experts"] else 2))
     if facts["per_group"]:
         facts["G1"], facts["G2"] = scale1[-2], axis("antiquant_scale2", -2, 2)
     scale = specs["scale"].shape if "scale" in specs else (1,)
@@ -425,15 +440,18 @@ def _violations(call: _Call, route: str) -> Iterator[Violation]:
     for rule in RULES:
         if route not in rule.routes.split():
             continue
-        if all(_member(call.facts, *CONDITIONS[name]) for name in rule.when) and not _holds(rule, call, route):
+        if all(_member(call.facts, *CONDITIONS[name]) for name in rule.when) and not _holds(
+            rule, call, route
+        ):
             yield Violation(rule.name, _render(rule, call, route))
 
 
 def _member(facts: Mapping[str, int | None], fact: str, values: Sequence[str | int]) -> bool:
-    return facts[fact] in _codes(fact, values)
+    return facts[fact] in codes(fact, values)
 
 
-def _codes(fact: str, values: Sequence[str | int]) -> list[int]:
+def codes(fact: str, values: Sequence[str | int]) -> list[int]:
+    """The numbers that stand for `values` in `fact`."""
     names = tuple(DTYPES) if fact.endswith(".dtype") else _VALUES.get(fact, ())
     return [value if isinstance(value, int) else names.index(value) for value in values]
 
@@ -452,7 +470,8 @@ def _holds(rule: Rule, call: _Call, route: str) -> bool:
         return call.mode is not None
     if rule.check == "addressable":
         return all(
-            (count := _product(spec.shape)) is None or count * DTYPES[spec.dtype] // 8 < 2**63 - 1  # where _product saturates
+            (count := _product(spec.shape)) is None
+            or count * DTYPES[spec.dtype] // 8 < 2**63 - 1  # where _product saturates
             for spec in call.specs.values()
         )
     if rule.check == "given":
@@ -470,7 +489,7 @@ def _holds(rule: Rule, call: _Call, route: str) -> bool:
     if value is None:
         return True
     if rule.check == "one_of":
-        return value in _codes(operand, args[1:])
+        return value in codes(operand, args[1:])
     if rule.check == "between":
         least, most = args[1:]
         return int(least) <= value <= int(most)
@@ -483,7 +502,8 @@ def _holds(rule: Rule, call: _Call, route: str) -> bool:
 
 
 class Shape(NamedTuple):
-    """One concrete shape of an operand, and when it applies: routes, and 0/1 values of experts and per_group."""
+    """One concrete shape of an operand, and when it applies: routes, and 0/1 values of experts and
+    per_group."""
 
     routes: tuple[str, ...]
     experts: tuple[int, ...]
@@ -518,13 +538,16 @@ def _merge(shapes: Iterator[Shape]) -> tuple[Shape, ...]:
 
 # Operand -> its shapes with every optional axis spelled out.
 SHAPES = {
-    name: _merge(shape for text in operand.shapes for shape in _shapes(text)) for name, operand in OPERANDS.items()
+    name: _merge(shape for text in operand.shapes for shape in _shapes(text))
+    for name, operand in OPERANDS.items()
 }
 
 
 def _applies(shape: Shape, call: _Call, route: str) -> bool:
     return (
-        route in shape.routes and call.facts["experts"] in shape.experts and call.facts["per_group"] in shape.per_group
+        route in shape.routes
+        and call.facts["experts"] in shape.experts
+        and call.facts["per_group"] in shape.per_group
     )
 
 
@@ -541,7 +564,9 @@ def _sizes(call: _Call, shape: Shape) -> list[int | None]:
 
 def _fits(call: _Call, operand: str, shape: Shape) -> bool:
     got, want = call.specs[operand].shape, _sizes(call, shape)
-    return len(got) == len(want) and all(g is None or w is None or g == w for g, w in zip(got, want, strict=True))
+    return len(got) == len(want) and all(
+        g is None or w is None or g == w for g, w in zip(got, want, strict=True)
+    )
 
 
 def _render(rule: Rule, call: _Call, route: str) -> str:
@@ -603,108 +628,6 @@ def _plan(call: _Call, route: str) -> Plan:
     )
 
 
-def cpp_tables() -> str:
-    """The tables as C++ initialisers, included by csrc/contract/contract.cc (the build writes contract.inc)."""
-    columns = [field for field in Mode._fields if field not in ("name", "routes")]
-    conditions, operands, facts = list(CONDITIONS), list(OPERANDS), list(FACTS)
-
-    def quoted(text: str) -> str:
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-    def mask(positions: Iterable[int]) -> str:
-        return f"{sum(1 << position for position in set(positions)):#x}"
-
-    def routes(names: Sequence[str]) -> str:
-        return mask(ROUTES.index(name) for name in names)
-
-    def enum(name: str, values: Iterable[str]) -> str:
-        return f"enum {name} : int {{ {', '.join(values)} }};"
-
-    def rule_row(rule: Rule) -> str:
-        a, b, c, members = 0, 0, 0, "0"
-        if rule.check in ("given", "left_out", "dtype", "shape"):
-            a = operands.index(str(rule.args[0]))
-        elif rule.args:
-            fact = str(rule.args[0])
-            a = facts.index(fact)
-            if rule.check == "one_of":
-                members = mask(_codes(fact, rule.args[1:]))
-            elif rule.check == "between":
-                b, c = int(rule.args[1]), int(rule.args[2])
-            elif rule.check == "equal":
-                b, c = int(rule.args[1]), facts.index(str(rule.args[2]))
-            elif isinstance(rule.args[1], int):  # multiple of a number
-                b, c = rule.args[1], -1
-            else:
-                c = facts.index(rule.args[1])
-        when = [str(conditions.index(name)) for name in rule.when] + ["-1", "-1"]
-        return (
-            f"    {{{quoted(rule.name)}, {routes(rule.routes.split())}, {{{when[0]}, {when[1]}}}, Check::{rule.check}, "
-            f"{a}, {b}, {c}, {members}, {quoted(rule.text)}}},"
-        )
-
-    def shape_row(operand: str, shape: Shape) -> str:
-        # An axis is a fact, or -1 for x's leading axes, or -2 - n for the number n.
-        axes = [-1 if a == "*" else -2 - int(a) if a.isdigit() else facts.index(a) for a in shape.axes]
-        return (
-            f"    {{{operands.index(operand)}, {routes(shape.routes)}, {mask(shape.experts)}, {mask(shape.per_group)}, "
-            f"{len(axes)}, {{{', '.join(map(str, axes))}}}}},"
-        )
-
-    def mode_row(mode: Mode) -> str:
-        accepted = [getattr(mode, column).split() for column in columns]
-        masks = ", ".join(mask(_codes("x.dtype", names)) for names in accepted)
-        texts = ", ".join(quoted(" or ".join(names)) for names in accepted)
-        return f"    {{{quoted(mode.name)}, {{{masks}}}, {{{texts}}}}},"
-
-    def camel(name: str) -> str:
-        return "k" + "".join(part[:1].upper() + part[1:] for part in re.split(r"[_.]", name))
-
-    checks = list(dict.fromkeys(rule.check for rule in RULES))
-    lines = [
-        "// Written by ffn_ops/contract.py at build time.",
-        enum("class DType", (camel(name) for name in DTYPES)),
-        f"inline constexpr const char* kDTypeNames[] = {{{', '.join(map(quoted, DTYPES))}}};",
-        f"inline constexpr int kDTypeBits[] = {{{', '.join(map(str, DTYPES.values()))}}};",
-        f"inline constexpr int kDTypeCount = {len(DTYPES)};",
-        enum("Operand", (*(f"{camel(name)}Operand" for name in OPERANDS), "kOperandCount")),
-        f"inline constexpr const char* kOperandNames[] = {{{', '.join(map(quoted, OPERANDS))}}};",
-        enum("Fact", (*(f"{camel(name)}Fact" for name in FACTS), "kFactCount")),
-        f"inline constexpr const char* kFactNames[] = {{{', '.join(map(quoted, FACTS))}}};",
-        f"inline constexpr const char* kActivations[] = {{{', '.join(map(quoted, ACTIVATIONS))}}};",
-        f"inline constexpr int kActivationCount = {len(ACTIVATIONS)};",
-        f"inline constexpr unsigned kGluMask = {mask(map(ACTIVATIONS.index, GLU))};",
-        enum("Route", (*(f"{camel(name)}Route" for name in ROUTES), "kRouteCount")),
-        f"inline constexpr const char* kRouteNames[] = {{{', '.join(map(quoted, ROUTES))}}};",
-        enum("Target", (*(f"{camel(name)}Target" for name in TARGETS), "kTargetCount")),
-        f"inline constexpr const char* kTargetNames[] = {{{', '.join(map(quoted, TARGETS))}}};",
-        f"inline constexpr unsigned kTargetRoutes[] = {{{', '.join(routes(names) for names in TARGETS.values())}}};",
-        enum("Mode", (*(f"{camel(mode.name)}Mode" for mode in MODES), "kModeCount")),
-        enum("class Check", checks),
-        f"struct ModeRow {{ const char* name; unsigned columns[{len(columns)}]; const char* texts[{len(columns)}]; }};",
-        "inline constexpr ModeRow kModes[] = {",
-        *map(mode_row, MODES),
-        "};",
-        enum("Column", (f"{camel(name)}Column" for name in columns)),
-        f"inline constexpr int kOperandColumn[] = {{{', '.join(str(columns.index(o.column)) for o in OPERANDS.values())}}};",
-        "struct ShapeRow { int operand; unsigned routes, experts, per_group; int rank; int axes[4]; };",
-        "inline constexpr ShapeRow kShapes[] = {",
-        *(shape_row(name, shape) for name, shapes in SHAPES.items() for shape in shapes),
-        "};",
-        "struct ConditionRow { int fact; uint64_t members; };",
-        "inline constexpr ConditionRow kConditions[] = {",
-        *(f"    {{{facts.index(fact)}, {mask(_codes(fact, values))}}}," for fact, values in CONDITIONS.values()),
-        "};",
-        "struct RuleRow {",
-        "  const char* name; unsigned routes; int when[2]; Check check; int a; int64_t b, c; uint64_t members; const char* text;",
-        "};",
-        "inline constexpr RuleRow kRules[] = {",
-        *map(rule_row, RULES),
-        "};",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
 def modes_table() -> str:
     """The README's table of modes, in Markdown."""
     lines = ["| mode | x | weights | y | bias | other operands | runs on |", "|---|---|---|---|---|---|---|"]
@@ -721,10 +644,4 @@ def modes_table() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "--emit":
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            file.write(cpp_tables())
-    elif sys.argv[1:] == ["--modes-table"]:
-        sys.stdout.write(modes_table())
-    else:
-        sys.exit("usage: contract.py --emit FILE | --modes-table")
+    print(modes_table(), end="")

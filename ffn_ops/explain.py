@@ -24,8 +24,8 @@ class Explanation:
     """What one target makes of one call. Prints as text.
 
     routes: the target's routes, best first, each with every rule it breaks (none: the route takes the call).
-    plan: mode, sizes and route, when a route takes the call. workspace: bytes that aclnnFFNV3 would ask for, an
-    estimate from contract section f; None on the cpu target, whose kernels ask for none.
+    plan: mode, sizes and route, when a route takes the call. workspace: bytes that aclnnFFNV3 would ask for,
+    an estimate from contract section f; None on the cpu target, whose kernels ask for none.
     """
 
     target: str
@@ -91,16 +91,19 @@ def explain(
     out: Any = None,
     target: str | None = None,
 ) -> Explanation:
-    """What `target` (by default the current one) would do with the call that ffn() takes with these arguments.
+    """What `target` (by default the current one) would do with the call that ffn() takes with these
+    arguments.
 
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as
-    ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in int4
-    elements, packed int32 and uint8 ones in stored elements. Values of expert_tokens are checked where they can be
-    read: a list, an array or a tensor on the CPU. Raises ContractError only for an unknown target.
+    ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in
+    int4 elements, packed int32 and uint8 ones in stored elements. Values of expert_tokens are checked where
+    they can be read: a list, an array or a tensor on the CPU. Raises ContractError only for an unknown
+    target.
     """
     given = {
-        "x": x, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens, "bias1": bias1, "bias2": bias2,
-        "scale": scale, "offset": offset, "deq_scale1": deq_scale1, "deq_scale2": deq_scale2,
+        "x": x, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens,
+        "bias1": bias1, "bias2": bias2, "scale": scale, "offset": offset,
+        "deq_scale1": deq_scale1, "deq_scale2": deq_scale2,
         "antiquant_scale1": antiquant_scale1, "antiquant_scale2": antiquant_scale2,
         "antiquant_offset1": antiquant_offset1, "antiquant_offset2": antiquant_offset2,
         "out": out, "output_dtype": output_dtype,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's Python half: loads the compiled library, fake kernels, autograd, targets, ffn() and npu_ffn().
+"""The operator's Python half: its library, fake kernels, autograd and targets; ffn() and npu_ffn().
 
 The schema and the CPU kernel are in csrc/op; what is legal is in contract.py.
 """
@@ -30,7 +30,7 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(
-            f"{path.name} does not load under torch {torch.__version__}: it needs torch 2.10 or later ({error})"
+            f"{path.name} does not load under torch {torch.__version__}: it needs 2.10 or later ({error})"
         ) from error
 
 
@@ -43,7 +43,8 @@ def current_target() -> str:
     index = _library.ffn_ops_target()
     if index < 0:
         raise ContractError(
-            f"FFN_OPS_TARGET names no target, but it must be one of {', '.join(_TARGETS)} (unset it, or name one of them)"
+            f"FFN_OPS_TARGET names no target, but it must be one of {', '.join(_TARGETS)} "
+            "(unset it, or name one of them)"
         )
     return _TARGETS[index]
 
@@ -52,11 +53,13 @@ def current_target() -> str:
 def target(name: str) -> Iterator[None]:
     """Within the block, this thread's calls are legal exactly when target `name` would take them.
 
-    A target ("cpu", "ascend910b", "ascend310p") changes what is legal, never what the CPU computes. Blocks nest, and
-    each thread has its own. Raises ContractError for an unknown name.
+    A target ("cpu", "ascend910b", "ascend310p") changes what is legal, never what the CPU computes. Blocks
+    nest, and each thread has its own. Raises ContractError for an unknown name.
     """
     if name not in _TARGETS:
-        raise ContractError(f"target is '{name}', but it must be one of {', '.join(_TARGETS)} (name one of them)")
+        raise ContractError(
+            f"target is '{name}', but it must be one of {', '.join(_TARGETS)} (name one of them)"
+        )
     before = _library.ffn_ops_set_target(_TARGETS.index(name))
     try:
         yield
@@ -78,8 +81,14 @@ def _check(
     output_dtype: torch.dtype | None,
     out: Tensor | None = None,
 ) -> contract.Plan:
-    """Checks a call while tracing: all but the leading sizes of x, which may be symbolic and are never branched on."""
-    given = {"x": x, "weight1": weight1, "weight2": weight2, **dict(zip(_OPTIONAL, optional, strict=False)), "out": out}
+    """Checks a call while tracing. x's leading sizes may be symbolic, so nothing looks at them."""
+    given = {
+        "x": x,
+        "weight1": weight1,
+        "weight2": weight2,
+        **dict(zip(_OPTIONAL, optional, strict=False)),
+        "out": out,
+    }
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {}
     for name, tensor in tensors.items():
@@ -112,7 +121,7 @@ def _fake(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     plan = _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype)
-    return x.new_empty((*x.shape[:-1], plan.dims["N2"]), dtype=getattr(torch, plan.out.dtype))
+    return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
 
 
 @torch.library.register_fake("ffn::ffn.out")
@@ -144,7 +153,8 @@ def _out_below_autograd(*args: Any, out: Tensor, **kwargs: Any) -> None:
     tensors = [value for value in (*args, out) if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
-            "ffn with out= has no gradient, but a tensor requires grad (leave out= away, or run under torch.no_grad())"
+            "ffn with out= has no gradient, but a tensor requires grad "
+            "(leave out= away, or run under torch.no_grad())"
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.ffn.ffn.out(*args, out=out, **kwargs)
@@ -177,16 +187,17 @@ def ffn(
 ) -> Tensor:
     """`y = act(x·W1 + b1)·W2 + b2`, dense or by expert, in every mode of the contract.
 
-    The same as torch.ops.ffn.ffn, but expert_tokens may be a list, out is returned, and a call that the contract
-    refuses raises ContractError with the first rule it breaks (`explain` lists all of them).
+    The same as torch.ops.ffn.ffn, but expert_tokens may be a list, out is returned, and a call that the
+    contract refuses raises ContractError with the first rule it breaks (`explain` lists all of them).
 
-    x: [..., K1], 2 to 8 dimensions, M rows in all. weight1: [K1, N1] and weight2: [K2, N2], with a leading E when
-    expert_tokens is given; int4 weights are packed in int32 (8 values) or uint8 (2 values), low nibble first.
-    expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and expert e owns the
-    rows after those of expert e - 1. GLU activations compute left * act(right) of the first product's halves.
-    scale, offset, deq_scale1, deq_scale2 belong to int8 x, the four antiquant tensors to integer weights beside
-    16-bit x. inner_precise (fp16 only): 0 high precision, 1 high performance; by default what the activation has.
-    output_dtype: float16 (default) or bfloat16 for int8 x. Returns y, in x's shape.
+    x: [..., K1], 2 to 8 dimensions, M rows in all. weight1: [K1, N1] and weight2: [K2, N2], with a leading E
+    when expert_tokens is given; int4 weights are packed in int32 (8 values) or uint8 (2 values), low nibble
+    first. expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and
+    expert e owns the rows after those of expert e - 1. GLU activations compute left * act(right) of the first
+    product's halves. scale, offset, deq_scale1, deq_scale2 belong to int8 x, the four antiquant tensors to
+    integer weights beside 16-bit x. inner_precise (fp16 only): 0 high precision, 1 high performance; by
+    default what the activation has. output_dtype: float16 (default) or bfloat16 for int8 x. Returns y, in x's
+    shape.
 
     Dtypes and shapes: README's table of modes, contract.OPERANDS. Source: contract sections a, b and d.
     """
@@ -194,7 +205,7 @@ def ffn(
         expert_tokens = _tokens(expert_tokens, x.device)
     optional = (expert_tokens, bias1, bias2, scale, offset, deq_scale1, deq_scale2,
                 antiquant_scale1, antiquant_scale2, antiquant_offset1, antiquant_offset2)  # fmt: skip
-    options = {
+    options: dict[str, Any] = {
         "tokens_index_flag": tokens_index_flag,
         "inner_precise": inner_precise,
         "output_dtype": output_dtype,
@@ -234,19 +245,20 @@ def npu_ffn(
     inner_precise: int | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """torch_npu.npu_ffn with the same signature, defaults and meaning, on any device that the operator runs on.
+    """torch_npu.npu_ffn, the same signature, defaults and meaning, wherever the operator runs.
 
-    As there: the two token lists are host lists and exclude each other, inner_precise=None is 0, and output_dtype
-    counts only beside deq_scale1. Raises ContractError. Source: contract section h.
+    As there: the two token lists are host lists and exclude each other, inner_precise=None is 0, and
+    output_dtype counts only beside deq_scale1. Raises ContractError. Source: contract section h.
     """
     if expert_tokens and expert_tokens_index:
         raise ContractError(
-            "expert_tokens and expert_tokens_index are both given, but they exclude each other (pass counts, or end rows)"
+            "expert_tokens and expert_tokens_index are both given, but they exclude each other "
+            "(pass counts, or end rows)"
         )
     return ffn(
-        x, weight1, weight2, activation, expert_tokens or expert_tokens_index or None, bias1, bias2, scale, offset,
-        deq_scale1, deq_scale2, antiquant_scale1, antiquant_scale2, antiquant_offset1, antiquant_offset2,
-        tokens_index_flag=bool(expert_tokens_index),
+        x, weight1, weight2, activation, expert_tokens or expert_tokens_index or None, bias1, bias2, scale,
+        offset, deq_scale1, deq_scale2, antiquant_scale1, antiquant_scale2,
+        antiquant_offset1, antiquant_offset2, tokens_index_flag=bool(expert_tokens_index),
         inner_precise=0 if inner_precise is None else inner_precise,
         output_dtype=output_dtype if deq_scale1 is not None else None,
     )  # fmt: skip
@@ -257,5 +269,6 @@ def _tokens(values: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor([operator.index(value) for value in values], dtype=torch.int64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(
-            f"expert_tokens is {values!r}, but it must hold int64 numbers (pass a list of ints, or an int64 tensor)"
+            f"expert_tokens is {values!r}, but it must hold int64 numbers "
+            "(pass a list of ints, or an int64 tensor)"
         ) from error

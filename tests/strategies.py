@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hypothesis strategies for calls, drawn from the contract's tables.
 
-`calls` draws legal calls as specs; `Call` turns one into arrays for the reference and tensors for the operator.
-test_contract.py breaks them rule by rule, test_op.py runs them.
+`calls` draws legal calls as specs; `Call` turns one into arrays for the reference and tensors for the
+operator. test_contract.py breaks them rule by rule, test_op.py runs them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,9 @@ class Call:
         return contract.TARGETS[self.target][0]
 
     def plan(self) -> contract.Plan:
-        return contract.resolve(self.specs, self.activation, inner_precise=self.inner_precise, target=self.target)
+        return contract.resolve(
+            self.specs, self.activation, inner_precise=self.inner_precise, target=self.target
+        )
 
     def violations(self) -> tuple[contract.Violation, ...]:
         return contract.violations(
@@ -78,7 +80,8 @@ class Call:
         }
 
     def hollow(self) -> dict[str, torch.Tensor]:
-        """Tensors of these dtypes and shapes that take no memory, for calls that are refused before any work."""
+        """Tensors of these dtypes and shapes that take no memory, for calls that are refused before any
+        work."""
         tensors = {}
         for name, (dtype, shape) in self.specs.items():
             if name == "output_dtype":
@@ -106,7 +109,9 @@ def to_torch(array: np.ndarray, int4_storage: torch.dtype = torch.uint8) -> torc
     if array.dtype == ml_dtypes.int4:
         nibbles = (array.astype(np.int8) & 15).astype(np.uint8)
         packed = nibbles[..., ::2] | nibbles[..., 1::2] << 4
-        return torch.from_numpy(np.ascontiguousarray(packed).view(np.int32 if int4_storage == torch.int32 else np.uint8))
+        return torch.from_numpy(
+            np.ascontiguousarray(packed).view(np.int32 if int4_storage == torch.int32 else np.uint8)
+        )
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
@@ -119,7 +124,8 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """An equal tensor whose memory is dense, transposed (as nn.Linear's weight.t()) or every second element."""
+    """An equal tensor whose memory is dense, transposed (as nn.Linear's weight.t()) or every second
+    element."""
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "sliced":
@@ -186,7 +192,11 @@ def calls(
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
     name = draw(st.sampled_from(GLU if use_glu else ACTIVATIONS[:4]))
     may_experts = target == "cpu" or not (use_glu or target == "ascend310p")
-    E = draw(st.integers(1, 5)) if (draw(st.booleans()) if experts is None and may_experts else experts) else 0
+    E = (
+        draw(st.integers(1, 5))
+        if (draw(st.booleans()) if experts is None and may_experts else experts)
+        else 0
+    )
 
     step = draw(st.sampled_from((2, 8))) if mode.weight == "int4" else 1
     size = st.integers(0, largest // step).map(lambda n: n * step)
@@ -197,7 +207,13 @@ def calls(
     dims["G1"], dims["G2"] = draw(st.sampled_from(_divisors(K1))), draw(st.sampled_from(_divisors(K2)))
 
     rank = 2 if target == "ascend310p" else draw(st.integers(2, 8))
-    leading = tuple(draw(st.lists(st.integers(0, 4) if rank > 3 else st.integers(0, 12), min_size=rank - 1, max_size=rank - 1)))
+    leading = tuple(
+        draw(
+            st.lists(
+                st.integers(0, 4) if rank > 3 else st.integers(0, 12), min_size=rank - 1, max_size=rank - 1
+            )
+        )
+    )
     if np.prod(leading) > 64:
         leading = (1,) * (rank - 2) + leading[-1:]
 
@@ -248,7 +264,9 @@ def calls(
         torch.int32 if step == 8 else torch.uint8,
         {name: draw(st.sampled_from(("dense", "transposed", "sliced"))) for name in specs} if layouts else {},
     )
-    if call.violations() and per_channel is None and route == "fused":  # a float32 deq_scale beside a drawn per-channel scale
+    if (
+        call.violations() and per_channel is None and route == "fused"
+    ):  # a float32 deq_scale beside a drawn per-channel scale
         uint64 = {name: Spec("uint64", specs[name].shape) for name in ("deq_scale1", "deq_scale2")}
         call = replace(call, specs={**specs, **uint64})
     return call
@@ -267,7 +285,8 @@ _SIZES = st.sampled_from((0, 1, 2, 3, 4, 8, 16, 65535, 65536, 131072, 2**31, 2**
 
 @st.composite
 def any_calls(draw: st.DrawFn) -> Call:
-    """Calls sensible and not: a legal one with up to three operands replaced by anything, or nothing but noise."""
+    """Calls sensible and not: a legal one with up to three operands replaced by anything, or nothing but
+    noise."""
     target = draw(st.sampled_from(tuple(contract.TARGETS)))
     call = draw(calls(target=target))
     for name in draw(st.lists(st.sampled_from(tuple(OPERANDS)), max_size=3)):
@@ -287,7 +306,9 @@ def any_calls(draw: st.DrawFn) -> Call:
             call = call.with_spec(name, Spec(spec.dtype, tuple(sizes)))
         else:
             call = call.with_spec(name, Spec(dtype, shape))
-    activation = draw(st.sampled_from((call.activation, call.activation, *ACTIVATIONS, "mish", "", "gélu", "{M}")))
+    activation = draw(
+        st.sampled_from((call.activation, call.activation, *ACTIVATIONS, "mish", "", "gélu", "{M}"))
+    )
     inner_precise = draw(st.sampled_from((call.inner_precise, call.inner_precise, 0, 1, 2, -1)))
     other = draw(st.sampled_from((target, target, *contract.TARGETS)))
     return replace(call, activation=activation, inner_precise=inner_precise, target=other)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users get wrong beyond the contract's tables: values, devices, layouts, targets. A sentence, never a crash.
+"""What users get wrong beyond the contract's tables: values, devices, layouts, targets. A sentence, never a
+crash.
 
 Broken contract rules are test_contract.py's affair.
 """
@@ -21,7 +22,9 @@ op = torch.ops.ffn.ffn
 
 def experts(tokens: list[int], M: int = 6, **options: object) -> torch.Tensor:
     E = len(tokens)
-    return op(torch.ones(M, 4), torch.ones(E, 4, 8), torch.ones(E, 8, 4), "relu", torch.tensor(tokens), **options)
+    return op(
+        torch.ones(M, 4), torch.ones(E, 4, 8), torch.ones(E, 8, 4), "relu", torch.tensor(tokens), **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,11 @@ def experts(tokens: list[int], M: int = 6, **options: object) -> torch.Tensor:
         ([3, -1, 4], False, "expert_tokens[1] is -1, but a count of rows cannot be negative"),
         ([3, 5, 4], False, "expert_tokens[1] is 5, but then experts own more than the M = 6 rows of x"),
         ([3, 2, 0], False, "expert_tokens covers 5 rows, but x has M = 6"),
-        ([2**63 - 1, 2**63 - 1, 1], False, "expert_tokens[0] is 9223372036854775807, but then experts own more"),
+        (
+            [2**63 - 1, 2**63 - 1, 1],
+            False,
+            "expert_tokens[0] is 9223372036854775807, but then experts own more",
+        ),
         ([1, 2**63 - 1, 1], False, "expert_tokens[1] is 9223372036854775807, but then experts own more"),
         ([-(2**63), 6, 0], False, "expert_tokens[0] is -9223372036854775808, but a count of rows"),
         ([4, 2, 6], True, "expert_tokens[1] is 2, but end rows start at 0 and cannot decrease"),
@@ -59,8 +66,8 @@ def test_token_lists_hold_integers(tokens: list[object]):
 
 @pytest.mark.parametrize("name", ["weight1", "weight2", "bias1", "out"])
 def test_tensors_on_another_device_than_x_are_refused(name: str):
-    tensors = {"x": torch.ones(6, 4), "weight1": torch.ones(4, 8), "weight2": torch.ones(8, 4), "bias1": torch.ones(8),
-               "out": torch.empty(6, 4)}  # fmt: skip
+    tensors = {"x": torch.ones(6, 4), "weight1": torch.ones(4, 8), "weight2": torch.ones(8, 4),
+               "bias1": torch.ones(8), "out": torch.empty(6, 4)}  # fmt: skip
     tensors[name] = tensors[name].to("meta")
     overload = op.out if name == "out" else op.default
     if name != "out":
@@ -113,7 +120,7 @@ def test_arguments_of_other_kinds_are_refused():
         op(x, w, w, 3)
     with pytest.raises((RuntimeError, TypeError)):
         op(x, w, None, "relu")
-    with pytest.raises(RuntimeError, match="unknown keyword|Unknown keyword|unexpected"):
+    with pytest.raises(RuntimeError, match=r"[Uu]nknown keyword|unexpected"):
         op(x, w, w, "relu", bias3=w)
 
 
@@ -134,7 +141,10 @@ def test_a_target_holds_within_its_block_and_its_thread_only():
         assert ffn_ops.current_target() == "ascend910b"
     op(x, w, w, "relu")
     assert seen == ["cpu"] and ffn_ops.current_target() == "cpu"
-    with pytest.raises(ContractError, match="target is 'ascend999', but it must be one of"), ffn_ops.target("ascend999"):
+    with (
+        pytest.raises(ContractError, match="target is 'ascend999', but it must be one of"),
+        ffn_ops.target("ascend999"),
+    ):
         pass
     with pytest.raises(ContractError, match="target is 'ascend999'"):
         ffn_ops.explain(x, w, w, "relu", target="ascend999")
@@ -151,7 +161,11 @@ def test_a_target_changes_what_is_legal_and_no_number():
     ("variable", "value", "sentence"),
     [
         ("FFN_OPS_TARGET", "ascend310p", "mode float32 runs on the cpu target only"),
-        ("FFN_OPS_TARGET", "abacus", "FFN_OPS_TARGET is 'abacus', but the targets are cpu, ascend910b, ascend310p"),
+        (
+            "FFN_OPS_TARGET",
+            "abacus",
+            "FFN_OPS_TARGET is 'abacus', but the targets are cpu, ascend910b, ascend310p",
+        ),
         ("FFN_OPS_ISA", "mmx", "FFN_OPS_ISA is mmx, but"),
     ],
 )
@@ -179,7 +193,9 @@ def test_explain_answers_for_pairs_arrays_and_any_target():
         antiquant_scale2=np.ones((1024,), np.float16), antiquant_offset2=("float16", (1024,)),
     )  # fmt: skip
     assert packed.ok and packed.plan.dims["N1"] == 4096 and packed.workspace is None
-    three = ffn_ops.explain(("float16", (4, 8)), ("float16", (8, 12)), ("float32", (16, 8)), "mish", target="ascend310p")
+    three = ffn_ops.explain(
+        ("float16", (4, 8)), ("float16", (8, 12)), ("float32", (16, 8)), "mish", target="ascend310p"
+    )
     assert [violation.rule for violation in three.violations] == ["activation", "weight2-dtype"]
     assert not three.ok and three.route is None and "rule weight2-dtype" in str(three)
 
@@ -188,11 +204,20 @@ def test_npu_ffn_has_torch_npus_signature_and_meaning():
     import inspect
 
     parameters = inspect.signature(ffn_ops.npu_ffn).parameters
-    assert list(parameters)[:6] == ["x", "weight1", "weight2", "activation", "expert_tokens", "expert_tokens_index"]
+    assert list(parameters)[:6] == [
+        "x",
+        "weight1",
+        "weight2",
+        "activation",
+        "expert_tokens",
+        "expert_tokens_index",
+    ]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in list(parameters.values())[4:])
     x, w1, w2 = torch.randn(6, 4).half(), torch.randn(2, 4, 8).half(), torch.randn(2, 8, 4).half()
     counts = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4])
-    assert torch.equal(counts, ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[], expert_tokens_index=[2, 6]))
+    assert torch.equal(
+        counts, ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[], expert_tokens_index=[2, 6])
+    )
     assert torch.equal(counts, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=0))
     high_performance = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4], inner_precise=1)
     assert torch.equal(high_performance, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=1))
@@ -212,13 +237,20 @@ def test_npu_ffn_takes_scales_with_a_leading_one_as_torch_npus_tests_pass_them()
     w2 = torch.from_numpy(rng.integers(-128, 127, (24, 16), dtype=np.int8))
     deq1 = torch.from_numpy(rng.uniform(0.01, 0.05, (1, 24)).astype(np.float32))
     deq2 = torch.from_numpy(rng.uniform(0.01, 0.05, (1, 16)).astype(np.float32))
-    packed = {"deq_scale1": ffn_ops.packing.pack_deq_scale(deq1), "deq_scale2": ffn_ops.packing.pack_deq_scale(deq2)}
+    packed = {
+        "deq_scale1": ffn_ops.packing.pack_deq_scale(deq1),
+        "deq_scale2": ffn_ops.packing.pack_deq_scale(deq2),
+    }
     one = {"scale": torch.ones(1), "offset": torch.zeros(1)}
     y = ffn_ops.npu_ffn(x, w1, w2, "relu", **one, **packed, inner_precise=1)
     flat = {name: tensor.flatten() for name, tensor in packed.items()}
     assert torch.equal(y, ffn_ops.npu_ffn(x, w1, w2, "relu", **one, **flat, inner_precise=1))
     with ffn_ops.target("ascend910b"), pytest.raises(ContractError, match="deq_scale1 has shape"):
         ffn_ops.npu_ffn(x, w1, w2, "relu", **one, **packed, inner_precise=1)
-    half = {f"antiquant_{kind}{i}": torch.full((1, n), 0.5).half() for kind in ("scale", "offset") for i, n in ((1, 24), (2, 16))}
+    half = {
+        f"antiquant_{kind}{i}": torch.full((1, n), 0.5).half()
+        for kind in ("scale", "offset")
+        for i, n in ((1, 24), (2, 16))
+    }
     y = ffn_ops.npu_ffn(x.half() / 64, w1, w2, "silu", **half, inner_precise=1, output_dtype=torch.float16)
     assert y.dtype == torch.float16 and y.shape == x.shape

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracing: opcheck on every mode, torch.compile with inductor and dynamic shapes, torch.export, fake tensors."""
+"""Tracing: opcheck on every mode, torch.compile with inductor and dynamic shapes, torch.export, fake
+tensors."""
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ def test_compile_of_the_python_level_and_of_out():
     out = torch.empty(6, 8)
     expected = op(x, w1[0], w2[0], "relu")
     assert torch.equal(into(x, out), expected + 1) and torch.equal(out, expected)
-    npu = torch.compile(lambda x: ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4]), fullgraph=True, dynamic=True)
+    npu = torch.compile(
+        lambda x: ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4]), fullgraph=True, dynamic=True
+    )
     assert torch.equal(npu(x), ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4]))
 
 
@@ -103,7 +106,13 @@ def test_export_with_a_dynamic_number_of_rows(mode: str, experts: bool, glu: boo
                     self.register_buffer(name, tensor)
 
         def forward(self, x, expert_tokens=None):
-            return op(x, activation=self.activation, expert_tokens=expert_tokens, **dict(self.named_buffers()), **self.options)
+            return op(
+                x,
+                activation=self.activation,
+                expert_tokens=expert_tokens,
+                **dict(self.named_buffers()),
+                **self.options,
+            )
 
     def inputs(M: int) -> tuple[torch.Tensor, ...]:
         tensors = call.tensors(full_call(mode, experts, glu, M).arrays(M))
@@ -112,7 +121,7 @@ def test_export_with_a_dynamic_number_of_rows(mode: str, experts: bool, glu: boo
     call = full_call(mode, experts, glu)
     block = Block(call)
     rows = {0: torch.export.Dim("M", min=1, max=4096)}
-    program = torch.export.export(block, inputs(6), dynamic_shapes=(rows, None)[: 1 + experts] )
+    program = torch.export.export(block, inputs(6), dynamic_shapes=(rows, None)[: 1 + experts])
     for M in (6, 17, 1):
         assert torch.equal(program.module()(*inputs(M)), block(*inputs(M)))
 

@@ -48,7 +48,9 @@ def resized(call: Call, **dims: int) -> Call:
 def shape_of(axes: tuple[str, ...], sizes: dict, call: Call) -> tuple[int, ...]:
     shape: tuple[int, ...] = ()
     for axis in axes:
-        shape += call.specs["x"].shape[:-1] if axis == "*" else (int(axis) if axis.isdigit() else sizes[axis],)
+        shape += (
+            call.specs["x"].shape[:-1] if axis == "*" else (int(axis) if axis.isdigit() else sizes[axis],)
+        )
     return shape
 
 
@@ -141,7 +143,10 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "K2-int32-sum": (calls(modes=QUANT), lambda call: resized(call, K2=131072, N1=131072)),
     "M-limit": (calls(target=npu, modes=("fp16", "bf16", *ANTIQUANT)), with_x(2147483633)),
     "M-limit-int8": (calls(target=npu, modes=QUANT), with_x(2147483617)),
-    "E-limit": (calls(target=npu, experts=True, modes=("fp16", "w4a16"), glu=False), lambda call: resized(call, E=257)),
+    "E-limit": (
+        calls(target=npu, experts=True, modes=("fp16", "w4a16"), glu=False),
+        lambda call: resized(call, E=257),
+    ),
     "inner_precise": (calls(), lambda call: replace(call, inner_precise=2)),
     "inner_precise-bf16": (calls(modes=("bf16",), glu=False), lambda call: replace(call, inner_precise=1)),
     "inner_precise-glu": (calls(target=npu, glu=True), lambda call: replace(call, inner_precise=0)),
@@ -168,7 +173,9 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     ),
     "rank-310p": (calls(target="ascend310p"), with_x(2, 3)),
     "experts-310p": (
-        calls(target=npu, modes=("fp16",), experts=True, glu=False).filter(lambda c: len(c.specs["x"].shape) == 2),
+        calls(target=npu, modes=("fp16",), experts=True, glu=False).filter(
+            lambda c: len(c.specs["x"].shape) == 2
+        ),
         lambda call: replace(call, target="ascend310p", inner_precise=None),
     ),
     "addressable": (calls(), lambda call: with_x(2**62)(resized(call, K1=16, N2=16, G1=1))),
@@ -177,7 +184,10 @@ for operand in OPERANDS:
     taking = takers(operand)
     if OPERANDS[operand].column in ("scale", "deq_scale", "antiquant"):
         others = tuple(mode.name for mode in MODES if mode.name not in taking)
-        BREAKS[f"{operand}-needed"] = (calls(modes=taking), lambda call, name=operand: call.with_spec(name, None))
+        BREAKS[f"{operand}-needed"] = (
+            calls(modes=taking),
+            lambda call, name=operand: call.with_spec(name, None),
+        )
         BREAKS[f"{operand}-unused"] = (
             calls(modes=others),
             lambda call, name=operand: call.with_spec(name, Spec("float32", (1,))),
@@ -261,17 +271,24 @@ def test_legal_calls_have_a_plan_and_an_explanation(target: str, data: st.DataOb
     call = data.draw(calls(target=target))
     assert native_violations(call) == []
     plan = call.plan()
-    assert plan.route == call.route and plan.out.shape == call.specs["x"].shape and plan.out.dtype == plan.mode.y
+    assert (
+        plan.route == call.route and plan.out.shape == call.specs["x"].shape and plan.out.dtype == plan.mode.y
+    )
     specs = {name: spec for name, spec in call.specs.items() if name != "output_dtype"}
     explanation = ffn_ops.explain(
-        **specs, activation=call.activation, inner_precise=call.inner_precise, target=target, output_dtype=plan.mode.y
+        **specs,
+        activation=call.activation,
+        inner_precise=call.inner_precise,
+        target=target,
+        output_dtype=plan.mode.y,
     )
     assert explanation.ok and explanation.plan == plan and not explanation.violations
     assert (explanation.workspace is None) == (target == "cpu")
     assert plan.mode.name in str(explanation)
 
 
-# One row of contract section a.1 each: (x, weight, y, bias, scale, deq_scale, antiquant), and what is asked for.
+# One row of contract section a.1 each: (x, weight, y, bias, scale, deq_scale, antiquant), and what is asked
+# for.
 LEGAL_ROWS = {
     "fp16": ("float16", "float16", "float16", "float16", None, None, None),
     "bf16": ("bfloat16", "bfloat16", "bfloat16", "float32", None, None, None),
@@ -292,7 +309,8 @@ def test_every_row_of_the_vendors_table_is_legal_on_ascend910b(row: str, experts
     x, weight, y, bias, scale, deq, antiquant = LEGAL_ROWS[row]
     E = (experts,) if experts else ()
     specs = {"x": Spec(x, (5, 8)), "weight1": Spec(weight, (*E, 8, 16)), "weight2": Spec(weight, (*E, 16, 8)),
-             "bias1": Spec(bias, (*E, 16)), "bias2": Spec(bias, (*E, 8)), "output_dtype": Spec(y, ())}  # fmt: skip
+             "bias1": Spec(bias, (*E, 16)), "bias2": Spec(bias, (*E, 8)),
+             "output_dtype": Spec(y, ())}  # fmt: skip
     if experts:
         specs["expert_tokens"] = Spec("int64", E)
     if scale:
@@ -300,7 +318,10 @@ def test_every_row_of_the_vendors_table_is_legal_on_ascend910b(row: str, experts
                   "deq_scale1": Spec(deq, (*E, 16)), "deq_scale2": Spec(deq, (*E, 8))}  # fmt: skip
     if antiquant:
         for kind in ("scale", "offset"):
-            specs |= {f"antiquant_{kind}1": Spec(antiquant, (*E, 16)), f"antiquant_{kind}2": Spec(antiquant, (*E, 8))}
+            specs |= {
+                f"antiquant_{kind}1": Spec(antiquant, (*E, 16)),
+                f"antiquant_{kind}2": Spec(antiquant, (*E, 8)),
+            }
     plan = contract.resolve(specs, "relu", target="ascend910b")
     assert plan.mode.name == row.split()[0] and plan.out == Spec(y, (5, 8))
     assert plan.dims["E"] == experts and plan.route == "fused"
@@ -310,10 +331,19 @@ def test_the_defaults_of_inner_precise_follow_activation_and_target():
     def default(mode: str, activation: str, target: str) -> int:
         row = mode_of(mode)
         N1 = 16 if activation in contract.GLU else 8
-        specs = {"x": Spec(row.x, (2, 8)), "weight1": Spec(row.weight, (8, N1)), "weight2": Spec(row.weight, (8, 8))}
+        specs = {
+            "x": Spec(row.x, (2, 8)),
+            "weight1": Spec(row.weight, (8, N1)),
+            "weight2": Spec(row.weight, (8, 8)),
+        }
         return contract.resolve(specs, activation, target=target).inner_precise
 
-    assert default("fp16", "gelu", "cpu") == default("fp16", "gelu", "ascend910b") == default("bf16", "relu", "cpu") == 0
+    assert (
+        default("fp16", "gelu", "cpu")
+        == default("fp16", "gelu", "ascend910b")
+        == default("bf16", "relu", "cpu")
+        == 0
+    )
     assert default("fp16", "swiglu", "cpu") == default("fp16", "geglu", "ascend910b") == 1
     assert default("fp16", "gelu", "ascend310p") == 1
 
@@ -321,8 +351,8 @@ def test_the_defaults_of_inner_precise_follow_activation_and_target():
 @pytest.mark.parametrize("mode", FLOAT_MODES)
 def test_cpu_takes_what_the_npu_cannot(mode: str):
     row = mode_of(mode)
-    specs = {"x": Spec(row.x, (4, 8)), "weight1": Spec(row.weight, (300, 8, 16)), "weight2": Spec(row.weight, (300, 8, 8)),
-             "expert_tokens": Spec("int64", (300,))}  # fmt: skip
+    specs = {"x": Spec(row.x, (4, 8)), "weight1": Spec(row.weight, (300, 8, 16)),
+             "weight2": Spec(row.weight, (300, 8, 8)), "expert_tokens": Spec("int64", (300,))}  # fmt: skip
     assert contract.resolve(specs, "swiglu").dims["E"] == 300
     refused = {v.rule for v in contract.violations(specs, "swiglu", "fused", target="ascend910b")}
     assert {"E-limit", "glu-experts"} <= refused
@@ -352,8 +382,13 @@ def test_token_values_get_one_verdict(values: list[int], M: int, index: bool):
 
 
 def test_contract_imports_the_standard_library_only():
-    code = "import sys, runpy; runpy.run_path(sys.argv[1]); print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-I", "-c", code, contract.__file__], capture_output=True, text=True)
+    code = (
+        "import sys, runpy; runpy.run_path(sys.argv[1]); "
+        "print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code, contract.__file__], capture_output=True, text=True
+    )
     assert run.stdout.strip() == "[]", run.stderr
 
 

@@ -34,7 +34,7 @@ def test_files_that_the_architecture_names_exist() -> None:
 
 
 def test_the_readme_has_the_contracts_table_of_modes() -> None:
-    assert contract.modes_table() in README, "run `python ffn_ops/contract.py --modes-table` and paste it"
+    assert contract.modes_table() in README, "run `python ffn_ops/contract.py` and paste it"
 
 
 def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the tests: the kernels are built with one mistake each, and test_kernels.py must fail on every one.
+"""Tests of the tests: the kernels are built with one mistake each, and test_kernels.py must fail on every
+one.
 
 test_reference.py does the same with mistakes in NumPy, in seconds. These compile, so they are slow.
 """
@@ -56,15 +57,24 @@ def test_a_mistake_in_the_kernels_is_noticed(mistake: str, tmp_path: Path):
     (tmp_path / file).write_text(text.replace(right, wrong), encoding="utf-8")
 
     scripts = Path(sys.executable).parent
-    configure = ["-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={scripts / 'ninja'}"]
+    configure = [
+        "-S",
+        tmp_path,
+        "-B",
+        tmp_path / "build",
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={scripts / 'ninja'}",
+    ]
     subprocess.run([scripts / "cmake", *configure, f"-DPython_EXECUTABLE={sys.executable}"], check=True)
     subprocess.run([scripts / "cmake", "--build", tmp_path / "build", "--target", "_native"], check=True)
     for module in (tmp_path / "build").glob("_native*.so"):
         shutil.copy(module, tmp_path / "ffn_ops")
 
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ROOT / "tests/test_kernels.py", "-k", test],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-qxpno:cacheprovider", "-k", test, ROOT / "tests/test_kernels.py"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True, text=True,
     )  # fmt: skip
     noticed = run.returncode == 1 and "AssertionError" in run.stdout
     unchanged = run.returncode == 0 and " passed" in run.stdout

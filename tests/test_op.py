@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.ops.ffn.ffn against the reference on random legal calls, and what must hold whatever the numbers are.
 
-Calls come from strategies.py, the bound from tolerance.py. Kernels by instruction set are test_kernels.py's affair,
-bad input is test_bad_input.py's, tracing test_compile.py's.
+Calls come from strategies.py, the bound from tolerance.py. Kernels by instruction set are test_kernels.py's
+affair, bad input is test_bad_input.py's, tracing test_compile.py's.
 """
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from strategies import Call, calls, to_numpy
 from tolerance import assert_close
 
 import ffn_ops
+import reference
 from ffn_ops.contract import MODES
 
 MODE_NAMES = tuple(mode.name for mode in MODES)
@@ -59,7 +59,9 @@ def test_out_and_the_fake_kernel_and_ffn_give_the_same(mode: str, data: st.DataO
 
     layout = data.draw(st.sampled_from(("dense", "wide", "transposed")))
     wide = torch.full((*y.shape, 2), 7.0, dtype=y.dtype)
-    out = {"dense": torch.full_like(y, 7), "wide": wide[..., 0], "transposed": torch.full_like(y.mT, 7).mT}[layout]
+    out = {"dense": torch.full_like(y, 7), "wide": wide[..., 0], "transposed": torch.full_like(y.mT, 7).mT}[
+        layout
+    ]
     assert op(**tensors, activation=call.activation, **options, out=out) is None
     assert same_bits(out, y)
     assert (wide[..., 1] == 7).all()
@@ -68,7 +70,9 @@ def test_out_and_the_fake_kernel_and_ffn_give_the_same(mode: str, data: st.DataO
         tensors["expert_tokens"] = arrays["expert_tokens"].tolist()
     assert same_bits(ffn_ops.ffn(**tensors, activation=call.activation, **options), y)
 
-    fake = op(**{k: v.to("meta") for k, v in call.tensors(arrays).items()}, activation=call.activation, **options)
+    fake = op(
+        **{k: v.to("meta") for k, v in call.tensors(arrays).items()}, activation=call.activation, **options
+    )
     assert (fake.shape, fake.dtype, fake.is_contiguous()) == (y.shape, y.dtype, True)
 
 
@@ -76,7 +80,9 @@ def matrix(x: np.ndarray) -> np.ndarray:
     return x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
 
 
-def rows_of(call: Call, arrays: dict[str, np.ndarray], begin: int, end: int) -> tuple[Call, dict[str, np.ndarray]]:
+def rows_of(
+    call: Call, arrays: dict[str, np.ndarray], begin: int, end: int
+) -> tuple[Call, dict[str, np.ndarray]]:
     """The call on rows [begin, end) of x alone."""
     x = matrix(arrays["x"])[begin:end]
     ends = np.clip(np.cumsum(call.tokens), begin, end)
@@ -207,7 +213,13 @@ def test_out_may_share_memory_with_an_input(alias: str):
     if alias == "part of x":
         tensors["x"] = wide[:8]
     expected = op(**tensors, activation="gelu")
-    out = wide[4:] if alias == "part of x" else tensors[alias].expand(1, 8) if alias == "bias2" else tensors[alias]
+    out = (
+        wide[4:]
+        if alias == "part of x"
+        else tensors[alias].expand(1, 8)
+        if alias == "bias2"
+        else tensors[alias]
+    )
     if alias == "bias2":
         tensors["x"], expected = tensors["x"][:1], expected[:1]
     op(**tensors, activation="gelu", out=out)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The evaluation, function by function as in ffn_ops/contract.py: facts, then rules in table order, then sentences.
+// The evaluation, function by function as in ffn_ops/contract.py: facts, then rules in table order, then
+// sentences.
 #include "contract/contract.h"
 
 #include <algorithm>
@@ -11,7 +12,9 @@ struct Facts {
   int64_t value[kFactCount];
 };
 
-bool InMask(int64_t value, uint64_t members) { return value >= 0 && value < 64 && (members >> value & 1) != 0; }
+bool InMask(int64_t value, uint64_t members) {
+  return value >= 0 && value < 64 && (members >> value & 1) != 0;
+}
 
 // Saturates at INT64_MAX; a zero size makes it zero wherever it stands.
 int64_t Product(const int64_t* sizes, size_t count) {
@@ -38,7 +41,8 @@ int64_t FindActivation(const std::string& name) {
 
 int64_t FindMode(const Call& call) {
   const auto takes = [&](int64_t mode, Operand operand) {
-    return InMask(static_cast<int64_t>(call.operands[operand].dtype), kModes[mode].columns[kOperandColumn[operand]]);
+    return InMask(static_cast<int64_t>(call.operands[operand].dtype),
+                  kModes[mode].columns[kOperandColumn[operand]]);
   };
   int64_t first = kUnknown;
   for (int64_t mode = 0; mode < kModeCount; ++mode) {
@@ -134,7 +138,8 @@ bool Addressable(const Call& call) {
 bool Holds(const RuleRow& rule, const Call& call, const Facts& facts, Route route) {
   const int64_t mode = facts.value[kModeFact];
   const Spec& operand = call.operands[rule.a < kOperandCount ? rule.a : 0];
-  const unsigned accepted = mode == kUnknown || rule.a >= kOperandCount ? 0 : kModes[mode].columns[kOperandColumn[rule.a]];
+  const unsigned accepted =
+      mode == kUnknown || rule.a >= kOperandCount ? 0 : kModes[mode].columns[kOperandColumn[rule.a]];
   const int64_t value = facts.value[rule.a];
   switch (rule.check) {
     case Check::known_activation:
@@ -152,7 +157,8 @@ bool Holds(const RuleRow& rule, const Call& call, const Facts& facts, Route rout
     case Check::shape:
       if (!operand.given) return true;
       for (const ShapeRow& row : kShapes) {
-        if (row.operand == rule.a && Applies(row, facts, route) && Fits(operand.shape, Sizes(row, call, facts))) {
+        if (row.operand == rule.a && Applies(row, facts, route) &&
+            Fits(operand.shape, Sizes(row, call, facts))) {
           return true;
         }
       }
@@ -192,7 +198,8 @@ std::string Names(const ShapeRow& row) {
   return text + "]";
 }
 
-std::string Field(const std::string& field, const RuleRow& rule, const Call& call, const Facts& facts, Route route) {
+std::string Field(const std::string& field, const RuleRow& rule, const Call& call, const Facts& facts,
+                  Route route) {
   const int64_t mode = facts.value[kModeFact];
   if (field == "activation") return "'" + call.activation + "'";
   if (field == "mode") return mode == kUnknown ? "?" : kModes[mode].name;
@@ -239,7 +246,8 @@ std::vector<Violation> Violations(const Call& call, Route route, Target target, 
   for (const RuleRow& rule : kRules) {
     if (!InMask(route, rule.routes)) continue;
     const bool applies = std::all_of(std::begin(rule.when), std::end(rule.when), [&](int condition) {
-      return condition < 0 || InMask(facts.value[kConditions[condition].fact], kConditions[condition].members);
+      return condition < 0 ||
+             InMask(facts.value[kConditions[condition].fact], kConditions[condition].members);
     });
     if (!applies || Holds(rule, call, facts, route)) continue;
     violations.push_back({rule.name, Render(rule, call, facts, route)});
@@ -271,14 +279,16 @@ std::string RowEnds(const int64_t* expert_tokens, int64_t E, int64_t M, bool tok
     const int64_t value = expert_tokens[e];
     const std::string subject = "expert_tokens[" + std::to_string(e) + "] is " + std::to_string(value);
     if (value < (tokens_index_flag ? end : 0)) {
-      return subject + (tokens_index_flag ? ", but end rows start at 0 and cannot decrease (leave tokens_index_flag out "
-                                            "to pass counts)"
-                                          : ", but a count of rows cannot be negative (pass the number of rows of each "
-                                            "expert)");
+      return subject + (tokens_index_flag
+                            ? ", but end rows start at 0 and cannot decrease (leave tokens_index_flag out "
+                              "to pass counts)"
+                            : ", but a count of rows cannot be negative (pass the number of rows of each "
+                              "expert)");
     }
     if (value > (tokens_index_flag ? M : M - end)) {
       return subject + ", but then experts own more than the M = " + std::to_string(M) +
-             " rows of x (their total must be M; " + (tokens_index_flag ? "end rows" : "counts") + " were expected)";
+             " rows of x (their total must be M; " + (tokens_index_flag ? "end rows" : "counts") +
+             " were expected)";
     }
     end = tokens_index_flag ? value : end + value;
     ends->push_back(end);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Evaluates the contract in C++: the twin of resolve(), violations() and row_ends() in ffn_ops/contract.py, over the
-// tables that the build emits from there (contract.inc). csrc/op asks it before every call, csrc/python for the tests
-// that hold both evaluations to the same verdict in the same words. Knows neither torch nor Python.
+// Evaluates the contract in C++: the twin of resolve(), violations() and row_ends() in ffn_ops/contract.py,
+// over the tables that the build emits from there (contract.inc). csrc/op asks it before every call,
+// csrc/python for the tests that hold both evaluations to the same verdict in the same words. Knows neither
+// torch nor Python.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ namespace ffn::contract {
 
 #include "contract.inc"
 
-// A size that a call does not determine, such as N1 when weight1 has one dimension. Rules that need it are passed over.
+// A size that a call does not determine, such as N1 when weight1 has one dimension. Rules that need it are
+// passed over.
 inline constexpr int64_t kUnknown = INT64_MIN;
 
 // What the contract sees of a tensor. Sizes are in elements, for int4 too.
@@ -44,13 +46,14 @@ struct Violation {
 // Every rule of `route` that the call breaks, in table order; only the first when `first_only`.
 std::vector<Violation> Violations(const Call& call, Route route, Target target, bool first_only);
 
-// Fills `plan` and returns an empty string when a route of `target` takes the call, else the first violated rule's
-// sentence.
+// Fills `plan` and returns an empty string when a route of `target` takes the call, else the first violated
+// rule's sentence.
 std::string Resolve(const Call& call, Target target, Plan* plan);
 
-// The end row of each expert, from the values of expert_tokens (contract section d). Returns an empty string, or the
-// sentence that says why the values do not fit M rows.
-std::string RowEnds(const int64_t* expert_tokens, int64_t E, int64_t M, bool tokens_index_flag, std::vector<int64_t>* ends);
+// The end row of each expert, from the values of expert_tokens (contract section d). Returns an empty string,
+// or the sentence that says why the values do not fit M rows.
+std::string RowEnds(const int64_t* expert_tokens, int64_t E, int64_t M, bool tokens_index_flag,
+                    std::vector<int64_t>* ends);
 
 // The target that name stands for, or nothing.
 std::optional<Target> FindTarget(const std::string& name);

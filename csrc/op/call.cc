@@ -60,7 +60,9 @@ contract::Spec DescribeTensor(const Tensor& tensor) {
 }
 
 void UnpackInt4(contract::Spec& weight) {
-  const int64_t values = weight.dtype == contract::DType::kInt32 ? 8 : weight.dtype == contract::DType::kUint8 ? 2 : 0;
+  const int64_t values = weight.dtype == contract::DType::kInt32   ? 8
+                         : weight.dtype == contract::DType::kUint8 ? 2
+                                                                   : 0;
   if (values == 0) return;
   weight.dtype = contract::DType::kInt4;
   if (weight.shape.empty()) return;
@@ -100,11 +102,13 @@ void CheckPlacement(const Arguments& arguments) {
     int32_t layout = 0;
     aoti_torch_get_layout(tensor.get(), &layout);
     if (layout != aoti_torch_layout_strided()) {
-      throw std::runtime_error(name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
+      throw std::runtime_error(
+          name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
     }
     if (!(tensor.device() == device)) {
-      throw std::runtime_error(name + " is on another device than x, but all tensors of a call must be on one (move it with " +
-                               name + ".to(x.device))");
+      throw std::runtime_error(
+          name + " is on another device than x, but all tensors of a call must be on one (move it with " +
+          name + ".to(x.device))");
     }
   }
 }
@@ -116,15 +120,16 @@ contract::Target CurrentTarget() {
   const std::optional<contract::Target> target = contract::FindTarget(name);
   if (!target) {
     throw std::runtime_error("FFN_OPS_TARGET is '" + std::string(name) + "', but the targets are " +
-                             Join(contract::kTargetNames, contract::kTargetCount) + " (unset it, or name one of them)");
+                             Join(contract::kTargetNames, contract::kTargetCount) +
+                             " (unset it, or name one of them)");
   }
   return *target;
 }
 
 }  // namespace ffn::op
 
-// The two C functions through which ffn_ops/op.py reads and changes the calling thread's target; a target is its
-// position in the contract's TARGETS, -1 the environment's choice.
+// The two C functions through which ffn_ops/op.py reads and changes the calling thread's target; a target is
+// its position in the contract's TARGETS, -1 the environment's choice.
 extern "C" {
 
 __attribute__((visibility("default"))) int ffn_ops_set_target(int target) {

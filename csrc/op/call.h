@@ -16,7 +16,8 @@ namespace ffn::op {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Tensors stand at their position in the contract's OPERANDS, which is the schema's order; kOutOperand is last.
+// Tensors stand at their position in the contract's OPERANDS, which is the schema's order; kOutOperand is
+// last.
 struct Arguments {
   std::optional<Tensor> operands[contract::kOutOperand + 1];
   std::string activation;
@@ -27,18 +28,19 @@ struct Arguments {
   const Tensor& operand(contract::Operand name) const { return *operands[name]; }
 };
 
-// What the contract sees. Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4, and their
-// last size counts int4 elements.
+// What the contract sees. Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4, and
+// their last size counts int4 elements.
 contract::Call Describe(const Arguments& arguments);
 
 // Throws std::runtime_error unless every tensor is strided and on x's device.
 void CheckPlacement(const Arguments& arguments);
 
-// The target that calls of this thread are checked for: what ffn_ops_set_target last set here, else FFN_OPS_TARGET,
-// else cpu. Throws std::runtime_error when FFN_OPS_TARGET names no target.
+// The target that calls of this thread are checked for: what ffn_ops_set_target last set here, else
+// FFN_OPS_TARGET, else cpu. Throws std::runtime_error when FFN_OPS_TARGET names no target.
 contract::Target CurrentTarget();
 
-// torch.ops.ffn.ffn and ffn.out on the CPU. Fills operands[kOutOperand] when it is given, and returns it or a new y.
+// torch.ops.ffn.ffn and ffn.out on the CPU. Fills operands[kOutOperand] when it is given, and returns it or a
+// new y.
 Tensor FfnCpu(const Arguments& arguments);
 
 }  // namespace ffn::op

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.ffn.ffn on the CPU: contract, then row ends, then a cpu::Problem over the tensors' memory, run on torch's
-// threads. Called by library.cc; the kernels are behind cpu/ffn.h.
+// torch.ops.ffn.ffn on the CPU: contract, then row ends, then a cpu::Problem over the tensors' memory, run on
+// torch's threads. Called by library.cc; the kernels are behind cpu/ffn.h.
 #include <torch/csrc/stable/ops.h>
 
 #include <new>
@@ -37,13 +37,14 @@ Extent ExtentOf(const Tensor& tensor) {
 void CheckEveryElementHasItsOwnMemory(const Tensor& out) {
   for (int64_t i = 0; i < out.dim(); ++i) {
     if (out.size(i) > 1 && out.stride(i) == 0) {
-      throw std::runtime_error("out has several elements in one memory location, but each needs its own (pass out.clone())");
+      throw std::runtime_error(
+          "out has several elements in one memory location, but each needs its own (pass out.clone())");
     }
   }
 }
 
-// True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed beside
-// it and copied, which is right for any overlap.
+// True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed
+// beside it and copied, which is right for any overlap.
 bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
   if (!out.is_contiguous()) return false;
   const Extent written = ExtentOf(out);
@@ -81,7 +82,8 @@ class DenseTensors {
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
     const Tensor& tensor = *arguments_.operands[name];
-    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(), [&] { return torch::stable::contiguous(tensor); }));
+    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(),
+                             [&] { return torch::stable::contiguous(tensor); }));
     return kept_.back().const_data_ptr();
   }
 
@@ -155,7 +157,8 @@ Tensor FfnCpu(const Arguments& arguments) {
   try {
     cpu::RunFfn(problem, parallel);
   } catch (const std::bad_alloc&) {
-    throw std::runtime_error("the scratch needs " + std::to_string(cpu::ScratchBytes(problem, parallel.threads)) +
+    throw std::runtime_error("the scratch needs " +
+                             std::to_string(cpu::ScratchBytes(problem, parallel.threads)) +
                              " bytes, but they could not be allocated (use fewer threads, or free memory)");
   }
   if (out && !in_place) {

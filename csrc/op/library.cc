@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Start here: the schema of torch.ops.ffn.ffn and the kernels behind its dispatch keys. The fake kernel and the
-// autograd registration are in ffn_ops/op.py. LibTorch stable ABI only, so one binary serves torch 2.10 and later.
+// Start here: the schema of torch.ops.ffn.ffn and the kernels behind its dispatch keys. The fake kernel and
+// the autograd registration are in ffn_ops/op.py. LibTorch stable ABI only, so one binary serves torch 2.10
+// and later.
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>
@@ -8,11 +9,13 @@
 
 #include "op/call.h"
 
-#define FFN_SCHEMA                                                                                                    \
-  "Tensor x, Tensor weight1, Tensor weight2, str activation, Tensor? expert_tokens=None, Tensor? bias1=None, "        \
-  "Tensor? bias2=None, Tensor? scale=None, Tensor? offset=None, Tensor? deq_scale1=None, Tensor? deq_scale2=None, "   \
-  "Tensor? antiquant_scale1=None, Tensor? antiquant_scale2=None, Tensor? antiquant_offset1=None, "                    \
-  "Tensor? antiquant_offset2=None, *, bool tokens_index_flag=False, int? inner_precise=None, "                        \
+#define FFN_SCHEMA                                                                                 \
+  "Tensor x, Tensor weight1, Tensor weight2, str activation, Tensor? expert_tokens=None, Tensor? " \
+  "bias1=None, "                                                                                   \
+  "Tensor? bias2=None, Tensor? scale=None, Tensor? offset=None, Tensor? deq_scale1=None, Tensor? " \
+  "deq_scale2=None, "                                                                              \
+  "Tensor? antiquant_scale1=None, Tensor? antiquant_scale2=None, Tensor? antiquant_offset1=None, " \
+  "Tensor? antiquant_offset2=None, *, bool tokens_index_flag=False, int? inner_precise=None, "     \
   "ScalarType? output_dtype=None"
 
 namespace ffn::op {
@@ -20,19 +23,21 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Collects the boxed arguments. Out is empty for ffn.ffn, which returns y, and one Tensor for ffn.out, which returns
-// nothing (an aliased return would break opcheck and torch.compile).
+// Collects the boxed arguments. Out is empty for ffn.ffn, which returns y, and one Tensor for ffn.out, which
+// returns nothing (an aliased return would break opcheck and torch.compile).
 template <class... Out>
 std::conditional_t<sizeof...(Out) == 0, Tensor, void> Ffn(
-    Tensor x, Tensor weight1, Tensor weight2, std::string activation, OptionalTensor expert_tokens, OptionalTensor bias1,
-    OptionalTensor bias2, OptionalTensor scale, OptionalTensor offset, OptionalTensor deq_scale1, OptionalTensor deq_scale2,
-    OptionalTensor antiquant_scale1, OptionalTensor antiquant_scale2, OptionalTensor antiquant_offset1,
-    OptionalTensor antiquant_offset2, bool tokens_index_flag, std::optional<int64_t> inner_precise,
-    std::optional<ScalarType> output_dtype, Out... out) {
+    Tensor x, Tensor weight1, Tensor weight2, std::string activation, OptionalTensor expert_tokens,
+    OptionalTensor bias1, OptionalTensor bias2, OptionalTensor scale, OptionalTensor offset,
+    OptionalTensor deq_scale1, OptionalTensor deq_scale2, OptionalTensor antiquant_scale1,
+    OptionalTensor antiquant_scale2, OptionalTensor antiquant_offset1, OptionalTensor antiquant_offset2,
+    bool tokens_index_flag, std::optional<int64_t> inner_precise, std::optional<ScalarType> output_dtype,
+    Out... out) {
   const Arguments arguments{
-      {std::move(x), std::move(weight1), std::move(weight2), std::move(expert_tokens), std::move(bias1), std::move(bias2),
-       std::move(scale), std::move(offset), std::move(deq_scale1), std::move(deq_scale2), std::move(antiquant_scale1),
-       std::move(antiquant_scale2), std::move(antiquant_offset1), std::move(antiquant_offset2), std::move(out)...},
+      {std::move(x), std::move(weight1), std::move(weight2), std::move(expert_tokens), std::move(bias1),
+       std::move(bias2), std::move(scale), std::move(offset), std::move(deq_scale1), std::move(deq_scale2),
+       std::move(antiquant_scale1), std::move(antiquant_scale2), std::move(antiquant_offset1),
+       std::move(antiquant_offset2), std::move(out)...},
       std::move(activation),
       tokens_index_flag,
       inner_precise,

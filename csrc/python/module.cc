@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pybind11 module ffn_ops._native: the CPU kernels for NumPy, without torch, and what doctor asks about them. The
-// tests reach every instruction set through it (tests/native.py); the torch operator does not pass here (csrc/op).
+// The pybind11 module ffn_ops._native: the CPU kernels for NumPy, without torch, and what doctor asks about
+// them. The tests reach every instruction set through it (tests/native.py); the torch operator does not pass
+// here (csrc/op).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,8 +25,9 @@ void Require(bool condition, const std::string& sentence) {
   if (!condition) throw py::value_error(sentence);
 }
 
-// The operands of a call by their position in the contract. Each is a pair (buffer, dtype name), since NumPy has neither
-// bfloat16 nor packed int4: those come as uint16 and as uint8, two int4 elements a byte. Holds the buffers while it lives.
+// The operands of a call by their position in the contract. Each is a pair (buffer, dtype name), since NumPy
+// has neither bfloat16 nor packed int4: those come as uint16 and as uint8, two int4 elements a byte. Holds
+// the buffers while it lives.
 class Arrays {
  public:
   explicit Arrays(const py::dict& arguments) : buffers_(contract::kOperandCount) {
@@ -33,7 +35,8 @@ class Arrays {
       const std::string name = key.cast<std::string>();
       const int operand = Position(contract::kOperandNames, name);
       const py::tuple pair = value.cast<py::tuple>();
-      const auto dtype = static_cast<contract::DType>(Position(contract::kDTypeNames, pair[1].cast<std::string>()));
+      const auto dtype =
+          static_cast<contract::DType>(Position(contract::kDTypeNames, pair[1].cast<std::string>()));
       py::buffer_info& buffer = buffers_[static_cast<size_t>(operand)];
       buffer = pair[0].cast<py::buffer>().request(operand == contract::kOutOperand);
       const bool int4 = dtype == contract::DType::kInt4;
@@ -58,8 +61,10 @@ class Arrays {
     const size_t rank = buffer.shape.size();
     const auto stride = [&](size_t axis) { return buffer.strides[axis] / buffer.itemsize; };
     const cpu::Weight weight = {buffer.ptr, rank == 3 ? stride(0) : 0, stride(rank - 2), stride(rank - 1)};
-    Require(call.operands[name].dtype != contract::DType::kInt4 && (weight.row_stride == 1 || weight.col_stride == 1),
-            std::string(contract::kOperandNames[name]) + " has neither dense rows nor dense columns (copy it)");
+    Require(
+        call.operands[name].dtype != contract::DType::kInt4 &&
+            (weight.row_stride == 1 || weight.col_stride == 1),
+        std::string(contract::kOperandNames[name]) + " has neither dense rows nor dense columns (copy it)");
     return weight;
   }
 
@@ -88,16 +93,20 @@ class Arrays {
   std::vector<py::buffer_info> buffers_;
 };
 
-// Runs one call into the array `out`; threads > 1 divides it among as many workers, who then run one after the other.
+// Runs one call into the array `out`; threads > 1 divides it among as many workers, who then run one after
+// the other.
 void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<int64_t> inner_precise,
          const std::optional<std::string>& isa, int64_t threads, const py::kwargs& operands) {
   Arrays arrays(operands);
-  Require(arrays.call.operands[contract::kXOperand].given && arrays.call.operands[contract::kWeight1Operand].given &&
-              arrays.call.operands[contract::kWeight2Operand].given && arrays.call.operands[contract::kOutOperand].given,
+  Require(arrays.call.operands[contract::kXOperand].given &&
+              arrays.call.operands[contract::kWeight1Operand].given &&
+              arrays.call.operands[contract::kWeight2Operand].given &&
+              arrays.call.operands[contract::kOutOperand].given,
           "x, weight1, weight2 or out is missing, but every call has them (pass all four)");
   arrays.call.activation = activation;
   arrays.call.inner_precise = inner_precise;
-  arrays.call.operands[contract::kOutputDtypeOperand] = {true, arrays.call.operands[contract::kOutOperand].dtype, {}};
+  arrays.call.operands[contract::kOutputDtypeOperand] = {
+      true, arrays.call.operands[contract::kOutOperand].dtype, {}};
   contract::Plan plan;
   const std::string broken = contract::Resolve(arrays.call, contract::kCpuTarget, &plan);
   Require(broken.empty(), broken);
@@ -117,10 +126,10 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
   problem.weight2 = arrays.Weight(contract::kWeight2Operand, problem.K2, problem.N2);
   problem.scale = static_cast<const float*>(arrays.Data(contract::kScaleOperand));
   problem.offset = static_cast<const float*>(arrays.Data(contract::kOffsetOperand));
-  arrays.Fill(problem.channels1, contract::kBias1Operand, contract::kDeqScale1Operand, contract::kAntiquantScale1Operand,
-              contract::kAntiquantOffset1Operand);
-  arrays.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand, contract::kAntiquantScale2Operand,
-              contract::kAntiquantOffset2Operand);
+  arrays.Fill(problem.channels1, contract::kBias1Operand, contract::kDeqScale1Operand,
+              contract::kAntiquantScale1Operand, contract::kAntiquantOffset1Operand);
+  arrays.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand,
+              contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
   problem.y = arrays.Data(contract::kOutOperand);
 
   cpu::ParallelFor serial;
@@ -147,9 +156,11 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The CPU kernels for NumPy arrays, and facts about them.";
   module.def("ffn", &ffn::Ffn, py::kw_only(), py::arg("activation"), py::arg("tokens_index_flag") = false,
              py::arg("inner_precise") = py::none(), py::arg("isa") = py::none(), py::arg("threads") = 1,
-             "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of a buffer and "
+             "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of "
+             "a buffer and "
              "its dtype's name.");
-  module.def("isas", &ffn::Isas, "Instruction sets compiled in, best first: (name, whether this machine has it).");
+  module.def("isas", &ffn::Isas,
+             "Instruction sets compiled in, best first: (name, whether this machine has it).");
   module.def("selected_isa", &ffn::cpu::SelectedIsa, "The instruction set that calls use.");
   ffn::BindContract(module);
 }
