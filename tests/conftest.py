@@ -6,6 +6,9 @@ from importlib.util import find_spec
 
 from hypothesis import settings
 
+# Before NumPy is imported: the reference's small products gain nothing from BLAS threads, and lose much beside torch's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Times are the machine's affair, so no deadline. `ci` draws the same examples in every run.
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
