@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from hypothesis import settings
 
-# Before NumPy is imported: the reference's small products gain nothing from BLAS threads, and lose much beside torch's.
+# Before NumPy is imported: the reference gains nothing from BLAS threads, and loses much beside torch.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Times are the machine's affair, so no deadline. `ci` draws the same examples in every run.
