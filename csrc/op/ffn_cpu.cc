@@ -82,6 +82,7 @@ class DenseTensors {
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
     const Tensor& tensor = *arguments_.operands[name];
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
     kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(),
                              [&] { return torch::stable::contiguous(tensor); }));
     return kept_.back().const_data_ptr();
