@@ -30,14 +30,14 @@ void Require(bool condition, const std::string& sentence) {
 // the buffers while it lives.
 class Arrays {
  public:
-  explicit Arrays(const py::dict& arguments) : buffers_(contract::kOperandCount) {
+  explicit Arrays(const py::dict& arguments) {
     for (const auto& [key, value] : arguments) {
       const std::string name = key.cast<std::string>();
       const int operand = Position(contract::kOperandNames, name);
       const py::tuple pair = value.cast<py::tuple>();
       const auto dtype =
           static_cast<contract::DType>(Position(contract::kDTypeNames, pair[1].cast<std::string>()));
-      py::buffer_info& buffer = buffers_[static_cast<size_t>(operand)];
+      py::buffer_info& buffer = buffers_[operand];
       buffer = pair[0].cast<py::buffer>().request(operand == contract::kOutOperand);
       const bool int4 = dtype == contract::DType::kInt4;
       Require(buffer.itemsize * 8 == (int4 ? 8 : contract::kDTypeBits[static_cast<int>(dtype)]),
@@ -90,7 +90,7 @@ class Arrays {
     return dense || buffer.size == 0;
   }
 
-  std::vector<py::buffer_info> buffers_;
+  py::buffer_info buffers_[contract::kOperandCount];
 };
 
 // Runs one call into the array `out`; threads > 1 divides it among as many workers, who then run one after
