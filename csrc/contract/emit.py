@@ -117,4 +117,6 @@ def cpp_tables() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(cpp_tables(), encoding="utf-8")
+    file, text = Path(sys.argv[1]), cpp_tables()
+    if not file.exists() or file.read_text(encoding="utf-8") != text:  # or everything would be compiled again
+        file.write_text(text, encoding="utf-8")
