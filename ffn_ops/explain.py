@@ -97,8 +97,9 @@ def explain(
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as
     ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in
     int4 elements, packed int32 and uint8 ones in stored elements. Values of expert_tokens are checked where
-    they can be read: a list, an array or a tensor on the CPU. Raises ContractError only for an unknown
-    target.
+    they can be read (a list, an array or a tensor on the CPU), for every target, as the vendor documents
+    them: a device cannot enforce that. Raises ContractError only for an unknown target and for arguments that
+    are none of the above.
     """
     given = {
         "x": x, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens,
@@ -114,6 +115,8 @@ def explain(
         raise ContractError(
             f"target is '{target}', but it must be one of {', '.join(contract.TARGETS)} (name one of them)"
         )
+    if not isinstance(activation, str):
+        raise ContractError(f"activation is {activation!r}, but it must be a string (name one)")
     specs = {name: spec_of(name, value) for name, value in given.items() if value is not None}
     tokens = _readable(expert_tokens)
     routes = {}

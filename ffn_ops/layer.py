@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffn_ops import contract, quantize
 from ffn_ops.contract import ContractError, Mode, Spec
+from ffn_ops.op import NO_GRADIENT, ffn
 from ffn_ops.packing import pack_int4
 
 
@@ -24,7 +25,7 @@ class FFN(nn.Module):
     `from_linear`, or empty (all zeros) for `load_state_dict`. Inference only.
     """
 
-    # _operands() names the buffers that exist; the others are None.
+    # _operands() names the buffers that exist; the others are None and no buffers, for torch.export.
     bias1: Tensor | None
     bias2: Tensor | None
     x_scale: Tensor | None
@@ -51,8 +52,14 @@ class FFN(nn.Module):
         self._x_dtype, self._y_dtype = getattr(torch, row.x), getattr(torch, row.y)
         for name, operand in contract.OPERANDS.items():
             if operand.column not in ("x", "tokens", "y"):
-                self.register_buffer(name, _zeros(specs[name]) if name in specs else None)
-        self.register_buffer("x_scale", torch.zeros(K1) if row.x == "int8" else None)
+                self._own(name, _zeros(specs[name]) if name in specs else None)
+        self._own("x_scale", torch.zeros(K1) if row.x == "int8" else None)
+
+    def _own(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor)
 
     @classmethod
     @torch.no_grad()
@@ -76,6 +83,7 @@ class FFN(nn.Module):
         need it.
         """
         row = _mode(mode)
+        _check_linear(fc1=fc1, fc2=fc2)
         K1, N1, K2, N2 = fc1.in_features, fc1.out_features, fc2.in_features, fc2.out_features
         glu = activation.lower() in contract.GLU
         if (2 * K2 if glu else K2) != N1:
@@ -114,6 +122,8 @@ class FFN(nn.Module):
                 tensors[f"weight{suffix}"] = pack_int4(weight.values) if int4 else weight.values
                 tensors[f"antiquant_scale{suffix}"] = weight.scale
                 tensors[f"antiquant_offset{suffix}"] = weight.offset
+        if all(bool(p.isfinite().all()) for fc in (fc1, fc2) for p in fc.parameters()):
+            _check_range(mode, tensors)
         layer.load_state_dict(tensors, assign=True)
         return layer
 
@@ -124,15 +134,20 @@ class FFN(nn.Module):
                 f"x has shape {tuple(x.shape)}, but this FFN takes a last dimension of K1 = {self.K1} "
                 "(check which block it replaces)"
             )
-        if self.x_scale is None:
-            operand = x.to(self._x_dtype)
-        else:
-            operand = (x / self.x_scale).round().clamp(-128, 127).to(torch.int8)
+        if not x.is_floating_point():
+            raise ContractError(
+                f"x is {x.dtype}, but an FFN takes floating-point x and gives y in its dtype (cast x)"
+            )
+        rows = x.reshape(-1, self.K1)  # any rank, as nn.Linear
         tensors = {name: tensor for name, tensor in self._buffers.items() if name != "x_scale"}
-        y = torch.ops.ffn.ffn(operand, activation=self.activation, output_dtype=self._y_dtype, **tensors)
-        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            y = _NoGradient.apply(y, x)
-        return y.to(x.dtype)
+        options = {"activation": self.activation, "output_dtype": self._y_dtype, **tensors}
+        if self.x_scale is None:
+            return ffn(rows.to(self._x_dtype), **options).to(x.dtype).reshape(x.shape)
+        scaled = rows / self.x_scale
+        y = ffn(scaled.round().clamp(-128, 127).nan_to_num(0).to(torch.int8), **options).to(x.dtype)
+        # int8 holds neither NaN nor infinity: such rows come out as NaN.
+        y = y.masked_fill(~scaled.isfinite().all(-1, keepdim=True), torch.nan).reshape(x.shape)
+        return _NoGradient.apply(y, x) if x.requires_grad and torch.is_grad_enabled() else y
 
     def extra_repr(self) -> str:
         parts = [f"K1={self.K1}, K2={self.K2}, activation={self.activation}, mode={self.mode}"]
@@ -156,6 +171,8 @@ class FFN(nn.Module):
         # nn.Module would cast: a deq_scale packed in int64 would become a meaningless bfloat16.
         for name, buffer in self.named_buffers(recurse=False):
             loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, nn.Parameter):  # with assign=True it would become a parameter, not a buffer
+                state_dict[prefix + name] = loaded = loaded.detach()
             if isinstance(loaded, Tensor) and loaded.dtype != buffer.dtype:
                 error_msgs.append(
                     f"{prefix}{name} is {loaded.dtype}, but mode {self.mode} takes {buffer.dtype} "
@@ -175,7 +192,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("ffn has no gradient yet")
+        raise RuntimeError(NO_GRADIENT)
 
 
 def _mode(name: str) -> Mode:
@@ -200,13 +217,32 @@ def _check_group_size(group_size: int, row: Mode, K1: int, K2: int) -> None:
             )
 
 
+def _check_linear(**linears: Any) -> None:
+    for name, linear in linears.items():
+        if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+            raise ContractError(
+                f"{name} is a {type(linear).__name__}, but it must be an nn.Linear (pass the module)"
+            )
+        if linear.weight.is_meta:
+            raise ContractError(f"{name} is on the meta device, but its values are needed (load them first)")
+
+
 def _check_finite(**linears: nn.Linear) -> None:
     for name, linear in linears.items():
         for part, tensor in linear.named_parameters():
-            if not bool(tensor.isfinite().all()):
+            if not bool(tensor.float().isfinite().all()):
                 raise ContractError(
-                    f"{name}.{part} holds inf or NaN, but integers hold neither (use a float mode)"
+                    f"{name}.{part} holds inf or NaN in float32, but integers hold neither (use a float mode)"
                 )
+
+
+def _check_range(mode: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ContractError(
+                f"{name} would hold inf or NaN in {tensor.dtype}, but mode {mode} needs weights in its range "
+                "(use a mode of a wider dtype)"
+            )
 
 
 def _operands(

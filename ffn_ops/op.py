@@ -7,6 +7,7 @@ The schema and the CPU kernel are in csrc/op; what is legal is in contract.py.
 import contextlib
 import ctypes
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def current_target() -> str:
     index = _library.ffn_ops_target()
     if index < 0:
         raise ContractError(
-            f"FFN_OPS_TARGET names no target, but it must be one of {', '.join(_TARGETS)} "
-            "(unset it, or name one of them)"
+            f"FFN_OPS_TARGET is '{os.environ.get('FFN_OPS_TARGET')}', but the targets are "
+            f"{', '.join(_TARGETS)} (unset it, or name one of them)"
         )
     return _TARGETS[index]
 
@@ -54,7 +55,7 @@ def target(name: str) -> Iterator[None]:
     """Within the block, this thread's calls are legal exactly when target `name` would take them.
 
     A target ("cpu", "ascend910b", "ascend310p") changes what is legal, never what the CPU computes. Blocks
-    nest, and each thread has its own. Raises ContractError for an unknown name.
+    nest, and each thread has its own: no block may span an await. Raises ContractError for an unknown name.
     """
     if name not in _TARGETS:
         raise ContractError(
@@ -139,8 +140,15 @@ def _fake_out(
     _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype, out)
 
 
-def _no_gradient(context: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError("ffn has no gradient yet (run it under torch.no_grad(), or detach its inputs)")
+NO_GRADIENT = "ffn has no gradient yet (run it under torch.no_grad(), or detach its inputs)"
+
+
+def _no_gradient(context: Any, *gradients: Tensor) -> tuple[None, ...]:
+    # torch.compile traces this, where raising would refuse the forward pass too. So it is an assertion, of
+    # something false that depends on a gradient, for only that belongs to the backward pass.
+    never = gradients[0].isnan().any() & gradients[0].isfinite().all()
+    torch._assert_async(never, NO_GRADIENT)
+    return (None,) * (4 + len(_OPTIONAL))
 
 
 torch.library.register_autograd("ffn::ffn", _no_gradient)
@@ -158,6 +166,8 @@ def _out_below_autograd(*args: Any, out: Tensor, **kwargs: Any) -> None:
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.ffn.ffn.out(*args, out=out, **kwargs)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a graph that has saved out must notice
 
 
 _autograd.impl("ffn.out", _out_below_autograd)
@@ -201,6 +211,11 @@ def ffn(
 
     Dtypes and shapes: README's table of modes, contract.OPERANDS. Source: contract sections a, b and d.
     """
+    if not isinstance(x, Tensor) or not isinstance(activation, str):
+        raise ContractError(
+            f"x is a {type(x).__name__} and activation a {type(activation).__name__}, "
+            "but they must be a torch.Tensor and a string (convert them)"
+        )
     if expert_tokens is not None and not isinstance(expert_tokens, Tensor):
         expert_tokens = _tokens(expert_tokens, x.device)
     optional = (expert_tokens, bias1, bias2, scale, offset, deq_scale1, deq_scale2,
@@ -250,15 +265,16 @@ def npu_ffn(
     As there: the two token lists are host lists and exclude each other, inner_precise=None is 0, and
     output_dtype counts only beside deq_scale1. Raises ContractError. Source: contract section h.
     """
-    if expert_tokens and expert_tokens_index:
+    counts, ends = (None if t is None or len(t) == 0 else t for t in (expert_tokens, expert_tokens_index))
+    if counts is not None and ends is not None:
         raise ContractError(
             "expert_tokens and expert_tokens_index are both given, but they exclude each other "
             "(pass counts, or end rows)"
         )
     return ffn(
-        x, weight1, weight2, activation, expert_tokens or expert_tokens_index or None, bias1, bias2, scale,
+        x, weight1, weight2, activation, ends if counts is None else counts, bias1, bias2, scale,
         offset, deq_scale1, deq_scale2, antiquant_scale1, antiquant_scale2,
-        antiquant_offset1, antiquant_offset2, tokens_index_flag=bool(expert_tokens_index),
+        antiquant_offset1, antiquant_offset2, tokens_index_flag=ends is not None,
         inner_precise=0 if inner_precise is None else inner_precise,
         output_dtype=output_dtype if deq_scale1 is not None else None,
     )  # fmt: skip

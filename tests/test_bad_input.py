@@ -83,7 +83,45 @@ def test_sparse_tensors_are_refused():
         op(torch.ones(6, 4), torch.ones(4, 8).to_sparse(), torch.ones(8, 4), "relu")
 
 
+@pytest.mark.parametrize("name", ["x", "weight1", "bias2", "out"])
+def test_tensors_whose_storage_was_freed_are_refused(name: str):
+    tensors = {"x": torch.ones(6, 4), "weight1": torch.ones(4, 8), "weight2": torch.ones(8, 4),
+               "bias2": torch.ones(4), "out": torch.empty(6, 4)}  # fmt: skip
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=rf"{name} reaches to byte \d+, but its storage holds 0"):
+        op.out(**tensors, activation="relu")
+
+
+def test_misaligned_tensors_are_right():
+    def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+        memory = bytearray(tensor.numel() * tensor.element_size() + 1)
+        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=1)
+        return copy.copy_(tensor.flatten()).view(tensor.shape)
+
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        "x": torch.randint(-128, 128, (6, 4), dtype=torch.int8, generator=generator),
+        "weight1": torch.randint(-128, 128, (2, 4, 8), dtype=torch.int8, generator=generator),
+        "weight2": torch.randint(-128, 128, (2, 8, 4), dtype=torch.int8, generator=generator),
+        "expert_tokens": torch.tensor([2, 4]), "scale": torch.ones(2), "offset": torch.zeros(2),
+        "deq_scale1": torch.full((2, 8), 1e-4), "deq_scale2": torch.full((2, 4), 1e-4),
+        "bias1": torch.arange(16, dtype=torch.int32).view(2, 8),
+    }  # fmt: skip
+    shifted = {name: misaligned(tensor) for name, tensor in tensors.items()}
+    assert torch.equal(op(**shifted, activation="gelu"), op(**tensors, activation="gelu"))
+
+
 def test_out_that_overlaps_itself_is_refused():
+    with pytest.raises(RuntimeError, match="out has several elements in one memory location"):
+        op(
+            torch.ones(6, 4),
+            torch.ones(4, 8),
+            torch.ones(8, 4),
+            "relu",
+            out=torch.empty(99).as_strided((6, 4), (1, 1)),
+        )
+    empty = torch.empty(1).expand(0, 4)
+    op(torch.ones(0, 4), torch.ones(4, 8), torch.ones(8, 4), "relu", out=empty)
     with pytest.raises(RuntimeError, match="out has several elements in one memory location"):
         op(torch.ones(6, 4), torch.ones(4, 8), torch.ones(8, 4), "relu", out=torch.empty(4).expand(6, 4))
 
@@ -120,6 +158,18 @@ def test_arguments_of_other_kinds_are_refused():
         op(x, w, w, 3)
     with pytest.raises((RuntimeError, TypeError)):
         op(x, w, None, "relu")
+    for activation in (None, torch.nn.GELU()):
+        with pytest.raises(ContractError, match="a string"):
+            ffn_ops.ffn(x, w, w, activation)
+    with pytest.raises(ContractError, match=r"x is a list"):
+        ffn_ops.ffn([1.0], w, w, "relu")
+    for junk in ("x", 5, ("float16", None), None):
+        with pytest.raises((ContractError, KeyError)):
+            ffn_ops.explain(junk, w, w, "relu")
+    with pytest.raises(ContractError, match="x has dtype 'fp16', but the names are float32"):
+        ffn_ops.explain(("fp16", (6, 4)), w, w, "relu")
+    with pytest.raises(ContractError, match="sizes are whole numbers from 0"):
+        ffn_ops.explain(("float16", (-6, 4)), w, w, "relu")
     with pytest.raises(RuntimeError, match=r"(?i)unknown keyword|unexpected"):
         op(x, w, w, "relu", bias3=w)
 
@@ -221,6 +271,8 @@ def test_npu_ffn_has_torch_npus_signature_and_meaning():
     assert torch.equal(counts, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=0))
     high_performance = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4], inner_precise=1)
     assert torch.equal(high_performance, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=1))
+    tensor = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=torch.tensor([2, 4]))
+    assert torch.equal(counts, tensor)
     with pytest.raises(ContractError, match="exclude each other"):
         ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4], expert_tokens_index=[2, 6])
     # output_dtype counts only beside deq_scale1.

@@ -126,6 +126,18 @@ def test_export_with_a_dynamic_number_of_rows(mode: str, experts: bool, glu: boo
         assert torch.equal(program.module()(*inputs(M)), block(*inputs(M)))
 
 
+@pytest.mark.parametrize("mode", [mode.name for mode in MODES])
+def test_export_of_the_module(mode: str):
+    torch.manual_seed(0)
+    fc1, fc2 = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+    calibration = [torch.randn(20, 8)] if mode.startswith("w8a8") else None
+    block = ffn_ops.FFN.from_linear(fc1, fc2, "gelu", mode, calibration=calibration)
+    rows = {0: torch.export.Dim("M", min=1, max=4096)}
+    program = torch.export.export(block, (torch.randn(6, 8),), dynamic_shapes=(rows,))
+    x = torch.randn(9, 8)
+    assert torch.equal(program.module()(x), block(x))
+
+
 @pytest.mark.parametrize(("mode", "experts", "glu"), EVERY_MODE)
 def test_fake_tensors_have_the_real_shape_and_dtype(mode: str, experts: bool, glu: bool):
     call = full_call(mode, experts, glu)

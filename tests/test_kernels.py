@@ -344,7 +344,7 @@ def test_arrays_that_do_not_fit_together_are_refused_in_the_contracts_words():
     call = make_call("float32", "relu", 4, 8, 16)
     with pytest.raises(ValueError, match=r"bias1 has shape \[15\], but it must be \[N1\] = \[16\]"):
         native_ffn(**{**call, "bias1": call["bias1"][:-1]})
-    with pytest.raises(ValueError, match="bias2 is not C-contiguous"):
+    with pytest.raises(ValueError, match="bias2 is not C-contiguous and aligned"):
         native_ffn(**{**call, "bias2": np.zeros(16, np.float32)[::2]})
     with pytest.raises(ValueError, match="scale3 is not in the contract's tables"):
         native_ffn(**call, scale3=call["bias1"])

@@ -344,3 +344,47 @@ def test_repr_names_sizes_mode_and_groups():
         repr(make("fp16", bias=False))
         == "FFN(K1=64, K2=96, activation=relu, mode=fp16, bias1=False, bias2=False)"
     )
+
+
+def test_what_a_modes_dtypes_cannot_hold_is_refused():
+    fc1, fc2, _ = block()
+    with torch.no_grad():
+        fc1.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"weight1 would hold inf or NaN in torch\.float16"):
+        FFN.from_linear(fc1, fc2, "relu", "fp16")
+    FFN.from_linear(fc1, fc2, "relu", "bf16")
+    with torch.no_grad():
+        fc1.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"intermediate of up to .* but w8a8 holds it in float16"):
+        FFN.from_linear(fc1, fc2, "relu", "w8a8_bf16", calibration=[torch.ones(4, fc1.in_features)])
+
+
+@pytest.mark.parametrize("mode", W8A8)
+def test_w8a8_gives_nan_for_rows_that_int8_cannot_hold(mode):
+    fc1, fc2, _ = block()
+    layer = FFN.from_linear(fc1, fc2, "relu", mode, calibration=[torch.randn(8, fc1.in_features)])
+    x = torch.randn(4, fc1.in_features)
+    expected = layer(x)
+    x[1, 0], x[2, 0] = torch.nan, torch.inf
+    y = layer(x)
+    assert y[[1, 2]].isnan().all() and torch.equal(y[[0, 3]], expected[[0, 3]])
+
+
+def test_x_of_any_rank_and_of_float_dtypes_only():
+    fc1, fc2, _ = block()
+    layer = FFN.from_linear(fc1, fc2, "relu", "float32")
+    x = torch.randn(fc1.in_features)
+    assert torch.equal(layer(x), layer(x[None])[0])
+    assert layer(x.expand(*(1,) * 9, -1)).shape == (*(1,) * 9, fc1.in_features)
+    with pytest.raises(ValueError, match=r"x is torch.int64, but an FFN takes floating-point x"):
+        layer(x.long())
+
+
+def test_only_linears_are_taken():
+    fc1, fc2, _ = block()
+    with pytest.raises(ValueError, match=r"fc1 is a Parameter, but it must be an nn.Linear"):
+        FFN.from_linear(fc1.weight, fc2, "relu", "float32")
+    with pytest.raises(ValueError, match=r"fc2 is on the meta device"):
+        FFN.from_linear(fc1, fc2.to("meta"), "relu", "w8a16")
+    with pytest.raises(ValueError, match="calibration yields a tuple"):
+        FFN.from_linear(*block()[:2], "relu", "w8a8", calibration=[(torch.ones(2, 2), None)])

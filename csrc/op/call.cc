@@ -93,6 +93,13 @@ contract::Call Describe(const Arguments& arguments) {
   return call;
 }
 
+int64_t ExtentBytes(const Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
 void CheckPlacement(const Arguments& arguments) {
   const torch::stable::Device device = arguments.operand(contract::kXOperand).device();
   for (int i = 0; i <= contract::kOutOperand; ++i) {
@@ -109,6 +116,15 @@ void CheckPlacement(const Arguments& arguments) {
       throw std::runtime_error(
           name + " is on another device than x, but all tensors of a call must be on one (move it with " +
           name + ".to(x.device))");
+    }
+    int64_t storage = 0;
+    aoti_torch_get_storage_size(tensor.get(), &storage);
+    const int64_t end =
+        tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + ExtentBytes(tensor);
+    if (tensor.numel() > 0 && end > storage) {
+      throw std::runtime_error(name + " reaches to byte " + std::to_string(end) + ", but its storage holds " +
+                               std::to_string(storage) +
+                               " and every element must be there (allocate what was freed or resized)");
     }
   }
 }

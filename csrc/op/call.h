@@ -32,7 +32,10 @@ struct Arguments {
 // their last size counts int4 elements.
 contract::Call Describe(const Arguments& arguments);
 
-// Throws std::runtime_error unless every tensor is strided and on x's device.
+// The bytes from a tensor's first element to the end of its last; none for an empty tensor.
+int64_t ExtentBytes(const Tensor& tensor);
+
+// Throws std::runtime_error unless every tensor is strided, on x's device, and inside its storage.
 void CheckPlacement(const Arguments& arguments);
 
 // The target that calls of this thread are checked for: what ffn_ops_set_target last set here, else

@@ -3,8 +3,10 @@
 // torch's threads. Called by library.cc; the kernels are behind cpu/ffn.h.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/problem.h"
 #include "op/call.h"
@@ -20,38 +22,31 @@ ScalarType ToTorch(cpu::DType y_dtype) {
                                            : ScalarType::BFloat16;
 }
 
-// The bytes from a tensor's first element to the end of its last; empty for an empty tensor.
-struct Extent {
-  const char* begin;
-  const char* end;
-};
-
-Extent ExtentOf(const Tensor& tensor) {
-  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.numel() == 0) return {begin, begin};
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
-}
-
-void CheckEveryElementHasItsOwnMemory(const Tensor& out) {
+// True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
+bool EveryElementHasItsOwnMemory(const Tensor& out) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
   for (int64_t i = 0; i < out.dim(); ++i) {
-    if (out.size(i) > 1 && out.stride(i) == 0) {
-      throw std::runtime_error(
-          "out has several elements in one memory location, but each needs its own (pass out.clone())");
-    }
+    if (out.size(i) != 1) axes.emplace_back(out.stride(i), out.size(i));
   }
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return out.numel() == 0;
+    extent = stride * (size - 1) + extent;
+  }
+  return true;
 }
 
 // True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed
 // beside it and copied, which is right for any overlap.
 bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
   if (!out.is_contiguous()) return false;
-  const Extent written = ExtentOf(out);
+  const auto* written = static_cast<const char*>(out.const_data_ptr());
   for (int i = 0; i < contract::kOutOperand; ++i) {
     if (!arguments.operands[i]) continue;
-    const Extent read = ExtentOf(*arguments.operands[i]);
-    if (written.begin < read.end && read.begin < written.end) return false;
+    const Tensor& input = *arguments.operands[i];
+    const auto* read = static_cast<const char*>(input.const_data_ptr());
+    if (written < read + ExtentBytes(input) && read < written + ExtentBytes(out)) return false;
   }
   return true;
 }
@@ -82,9 +77,13 @@ class DenseTensors {
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
     const Tensor& tensor = *arguments_.operands[name];
-    if (tensor.is_contiguous()) return tensor.const_data_ptr();
-    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(),
-                             [&] { return torch::stable::contiguous(tensor); }));
+    const void* data = tensor.const_data_ptr();
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(data) % tensor.element_size() == 0;  // frombuffer need not be
+    if (tensor.is_contiguous() && aligned) return data;
+    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(), [&] {
+      return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
+    }));
     return kept_.back().const_data_ptr();
   }
 
@@ -137,7 +136,10 @@ Tensor FfnCpu(const Arguments& arguments) {
 
   const Tensor& x = arguments.operand(contract::kXOperand);
   const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
-  if (out) CheckEveryElementHasItsOwnMemory(*out);
+  if (out && !EveryElementHasItsOwnMemory(*out)) {
+    throw std::runtime_error(
+        "out has several elements in one memory location, but each needs its own (pass out.clone())");
+  }
   const bool in_place = out && CanWriteInto(*out, arguments);
   Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] {
     return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1

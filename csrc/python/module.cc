@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -51,8 +52,11 @@ class Arrays {
   // The elements of an operand in row-major order; null when it is absent.
   void* Data(Operand name) const {
     if (!call.operands[name].given) return nullptr;
-    Require(Dense(name), std::string(contract::kOperandNames[name]) + " is not C-contiguous (copy it)");
-    return buffers_[name].ptr;
+    const py::buffer_info& buffer = buffers_[name];
+    const bool aligned = reinterpret_cast<uintptr_t>(buffer.ptr) % static_cast<size_t>(buffer.itemsize) == 0;
+    Require(Dense(name) && aligned,
+            std::string(contract::kOperandNames[name]) + " is not C-contiguous and aligned (copy it)");
+    return buffer.ptr;
   }
 
   cpu::Weight Weight(Operand name, int64_t K, int64_t N) const {
@@ -61,8 +65,10 @@ class Arrays {
     const size_t rank = buffer.shape.size();
     const auto stride = [&](size_t axis) { return buffer.strides[axis] / buffer.itemsize; };
     const cpu::Weight weight = {buffer.ptr, rank == 3 ? stride(0) : 0, stride(rank - 2), stride(rank - 1)};
+    const bool whole = std::all_of(buffer.strides.begin(), buffer.strides.end(),
+                                   [&](py::ssize_t bytes) { return bytes % buffer.itemsize == 0; });
     Require(
-        call.operands[name].dtype != contract::DType::kInt4 &&
+        whole && call.operands[name].dtype != contract::DType::kInt4 &&
             (weight.row_stride == 1 || weight.col_stride == 1),
         std::string(contract::kOperandNames[name]) + " has neither dense rows nor dense columns (copy it)");
     return weight;

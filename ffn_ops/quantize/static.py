@@ -83,6 +83,11 @@ def _observe(
     low = high = torch.zeros((), device=weight1.device)
     rows = 0
     for sample in calibration:
+        if not isinstance(sample, Tensor):
+            raise ContractError(
+                f"calibration yields a {type(sample).__name__}, but it must yield tensors "
+                "(take x out of each batch)"
+            )
         if sample.shape[-1:] != (K1,):
             raise ContractError(
                 f"a calibration tensor has shape {tuple(sample.shape)}, but the last size must be K1 = {K1} "
@@ -102,6 +107,11 @@ def _observe(
     if not all(bool(value.isfinite().all()) for value in (largest, low, high)):
         raise ContractError(
             "calibration leads to inf or NaN, but scales must be finite (check the inputs and weights)"
+        )
+    if max(float(high), -float(low)) > torch.finfo(torch.float16).max:
+        raise ContractError(
+            f"calibration leads to an intermediate of up to {max(float(high), -float(low)):.3g}, "
+            "but w8a8 holds it in float16, up to 65504 (use w8a16_bf16)"
         )
     return _Ranges(largest, low, high)
 
