@@ -55,7 +55,7 @@ test-asan: build
 	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
 	cp build/asan/*.so build/asan/package/ffn_ops/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info .venv ffn_ops/*.so
