@@ -8,7 +8,7 @@ CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja 
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
 ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py
 
-.PHONY: demo test test-all test-asan bench lint build clean
+.PHONY: demo test test-all test-asan test-npu bench lint build clean
 
 demo: build
 	.venv/bin/python -m ffn_ops demo
@@ -16,7 +16,7 @@ demo: build
 test: build
 	.venv/bin/python -m pytest -m "not slow"
 
-test-all: build test-asan
+test-all: build test-asan test-npu
 	.venv/bin/python -m pytest
 
 bench: build
@@ -57,5 +57,15 @@ test-asan: build
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 
+# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch, unless its
+# autoload is off, and importing transformers' models. So far: the CPU path must be healthy beside it.
+test-npu: build .venv-npu/ready
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-npu/bin/python -m ffn_ops doctor
+
+.venv-npu/ready: constraints.txt
+	$(PYTHON) -m venv .venv-npu
+	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .venv ffn_ops/*.so
+	rm -rf build dist *.egg-info .venv .venv-npu ffn_ops/*.so
