@@ -356,9 +356,9 @@ def resolve(
     output_dtype is given as Spec(dtype, ()). Raises ContractError with the first violated rule of the
     target's first route if no route takes the call.
     """
+    call = _describe(specs, activation, inner_precise, target)
     first = None
     for route in TARGETS[target]:
-        call = _describe(specs, activation, inner_precise, target)
         broken = next(_violations(call, route), None)
         if broken is None:
             return _plan(call, route)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -376,7 +377,7 @@ def test_token_values_get_one_verdict(values: list[int], M: int, index: bool):
     except ffn_ops.ContractError as error:
         expected = str(error)
     assert _native.row_ends(values, M, index) == expected
-    counts = [b - a for a, b in zip([0, *values], values)] if index else values  # noqa: B905
+    counts = [b - a for a, b in pairwise([0, *values])] if index else values
     legal = all(count >= 0 for count in counts) and sum(counts) == M
     assert isinstance(expected, list) == legal
 
@@ -390,10 +391,3 @@ def test_contract_imports_the_standard_library_only():
         [sys.executable, "-I", "-c", code, contract.__file__], capture_output=True, text=True
     )
     assert run.stdout.strip() == "[]", run.stderr
-
-
-def test_readme_shows_the_modes_table():
-    from pathlib import Path
-
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert contract.modes_table() in readme

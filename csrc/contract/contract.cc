@@ -240,10 +240,7 @@ std::string Render(const RuleRow& rule, const Call& call, const Facts& facts, Ro
   return text;
 }
 
-}  // namespace
-
-std::vector<Violation> Violations(const Call& call, Route route, Target target, bool first_only) {
-  const Facts facts = Describe(call, target);
+std::vector<Violation> Broken(const Call& call, const Facts& facts, Route route, bool first_only) {
   std::vector<Violation> violations;
   for (const RuleRow& rule : kRules) {
     if (!InMask(route, rule.routes)) continue;
@@ -258,14 +255,20 @@ std::vector<Violation> Violations(const Call& call, Route route, Target target, 
   return violations;
 }
 
+}  // namespace
+
+std::vector<Violation> Violations(const Call& call, Route route, Target target) {
+  return Broken(call, Describe(call, target), route, false);
+}
+
 std::string Resolve(const Call& call, Target target, Plan* plan) {
+  const Facts facts = Describe(call, target);
   std::string first;
   for (int route = 0; route < kRouteCount; ++route) {
     if (!InMask(route, kTargetRoutes[target])) continue;
-    const std::vector<Violation> broken = Violations(call, static_cast<Route>(route), target, true);
+    const std::vector<Violation> broken = Broken(call, facts, static_cast<Route>(route), true);
     if (broken.empty()) {
       plan->route = static_cast<Route>(route);
-      const Facts facts = Describe(call, target);
       std::copy(std::begin(facts.value), std::end(facts.value), plan->facts);
       return {};
     }

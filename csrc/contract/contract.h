@@ -43,8 +43,8 @@ struct Violation {
   std::string text;
 };
 
-// Every rule of `route` that the call breaks, in table order; only the first when `first_only`.
-std::vector<Violation> Violations(const Call& call, Route route, Target target, bool first_only);
+// Every rule of `route` that the call breaks, in table order.
+std::vector<Violation> Violations(const Call& call, Route route, Target target);
 
 // Fills `plan` and returns an empty string when a route of `target` takes the call, else the first violated
 // rule's sentence.

@@ -31,7 +31,7 @@ std::vector<std::pair<std::string, std::string>> Violations(const Specs& specs, 
   std::vector<std::pair<std::string, std::string>> result;
   for (const contract::Violation& violation :
        contract::Violations(call, static_cast<contract::Route>(Position(contract::kRouteNames, route)),
-                            static_cast<contract::Target>(Position(contract::kTargetNames, target)), false)) {
+                            static_cast<contract::Target>(Position(contract::kTargetNames, target)))) {
     result.emplace_back(violation.rule, violation.text);
   }
   return result;
