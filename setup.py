@@ -53,6 +53,11 @@ class CMakeBuild(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(BUILD / target.name), str(target))
+        # The emulated CANN, and the sources of its ATen operators, which are built where torch is.
+        emulator = Path(self.get_ext_fullpath("ffn_ops.emulator._")).parent
+        shutil.copytree(BUILD / "cann", emulator / "cann", dirs_exist_ok=True)
+        for sources in ("aclnn", "emulator"):
+            shutil.copytree(ROOT / "csrc" / sources, emulator / "csrc" / sources, dirs_exist_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         # The operator's library is not a Python module: torch loads it, and its name carries no Python ABI.
