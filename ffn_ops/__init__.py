@@ -4,6 +4,7 @@
 Importing it loads the operator and imports torch, and nothing heavy beyond that.
 """
 
+from ffn_ops import _load_torch as _load_torch  # first: it decides how torch is imported
 from ffn_ops import packing
 from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain
