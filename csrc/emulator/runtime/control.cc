@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// The test aids: counters, trace, injected failures and slowness, and the functions by which ffn_ops/emulator
+// sets them. Every ABI function passes through emulator_call.
+#include <fnmatch.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "emulator/runtime/runtime.h"
+
+namespace {
+
+struct Control {
+  std::mutex mutex;
+  std::map<std::string, long> counters;
+  std::string trace;  // names, one a line
+  bool tracing = false;
+  long fail_in = 0;  // the call to fail, counted down to 0; 0: none
+  std::string fail_pattern, failed;
+};
+
+// Never destroyed: stream threads may outlive static objects.
+Control& control() {
+  static Control& c = *new Control;
+  return c;
+}
+
+std::atomic<int> task_delay{0}, launch_delay{0};
+thread_local std::string message;    // of the last error on this thread
+thread_local std::string last_read;  // keeps what aclGetRecentErrMsg returned alive
+
+void CopyOut(const std::string& text, char* buffer, size_t size) {
+  if (size > 0) buffer[text.copy(buffer, size - 1)] = '\0';
+}
+
+}  // namespace
+
+namespace emulator {
+
+void Count(const char* counter, long change) {
+  std::lock_guard lock(control().mutex);
+  control().counters[counter] += change;
+}
+
+int TaskDelay() { return task_delay; }
+int LaunchDelay() { return launch_delay; }
+
+}  // namespace emulator
+
+int emulator_call(const char* name) {
+  Control& c = control();
+  {
+    std::lock_guard lock(c.mutex);
+    ++c.counters["calls"];
+    if (c.tracing) c.trace.append(name).append("\n");
+    if (c.fail_in == 0 || fnmatch(c.fail_pattern.c_str(), name, 0) != 0 || --c.fail_in > 0) return 0;
+    c.failed = name;
+  }
+  const bool aclnn = fnmatch("aclnn*", name, 0) == 0;
+  return emulator_error(aclnn ? 561000 : emulator::kInternalError, "%s: injected failure", name);
+}
+
+int emulator_error(int code, const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  message = text;
+  return code;
+}
+
+void emulator_live(const char* kind, int change) {
+  emulator::Count((std::string("live_") + kind).c_str(), change);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* aclGetRecentErrMsg() {
+  last_read.swap(message);  // read once, as the vendor's
+  message.clear();
+  return last_read.c_str();
+}
+
+// ---- for ffn_ops/emulator, through ctypes ----
+
+// "name value" lines.
+EMULATOR_API void emulator_counters(char* buffer, size_t size) {
+  std::string text;
+  {
+    std::lock_guard lock(control().mutex);
+    for (const auto& [name, value] : control().counters) text += name + " " + std::to_string(value) + "\n";
+  }
+  CopyOut(text, buffer, size);
+}
+
+EMULATOR_API void emulator_start_trace() {
+  std::lock_guard lock(control().mutex);
+  control().trace.clear();
+  control().tracing = true;
+}
+
+// Ends the trace and returns the size of its text; emulator_read_trace copies it.
+EMULATOR_API size_t emulator_stop_trace() {
+  std::lock_guard lock(control().mutex);
+  control().tracing = false;
+  return control().trace.size();
+}
+
+EMULATOR_API void emulator_read_trace(char* buffer, size_t size) {
+  std::lock_guard lock(control().mutex);
+  CopyOut(control().trace, buffer, size);
+}
+
+// Makes the k-th call from now whose name matches fail; k = 0 disarms.
+EMULATOR_API void emulator_fail_at(long k, const char* pattern) {
+  std::lock_guard lock(control().mutex);
+  control().fail_in = k;
+  control().fail_pattern = pattern;
+  if (k > 0) control().failed.clear();
+}
+
+// The name of the call that failed since emulator_fail_at, or an empty text.
+EMULATOR_API void emulator_failed(char* buffer, size_t size) {
+  std::lock_guard lock(control().mutex);
+  CopyOut(control().failed, buffer, size);
+}
+
+EMULATOR_API void emulator_slow(int launch_us, int task_us) {
+  launch_delay = launch_us;
+  task_delay = task_us;
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files of the emulated runtime share. control.cc counts and injects failures, device.cc knows
+// devices and SoC, memory.cc and stream.cc do the work, aclop.cc answers the older single-operator interface.
+#pragma once
+
+#include "emulator/emulator.h"
+
+#ifndef FFN_OPS_VENDOR_ACL
+// Types of acl.h's runtime part that only the emulator defines functions with.
+extern "C" {
+typedef enum {
+  ACL_DEVICE_INFO_AI_CORE_NUM = 0,
+  ACL_DEVICE_INFO_VECTOR_CORE_NUM = 1,
+  ACL_DEVICE_INFO_L2_SIZE = 2
+} aclDeviceInfo;
+typedef enum { ACL_DDR_MEM = 0, ACL_HBM_MEM = 1 } aclrtMemAttr;
+typedef enum { ACL_STREAM_STATUS_COMPLETE = 0, ACL_STREAM_STATUS_NOT_READY = 1 } aclrtStreamStatus;
+typedef enum {
+  ACL_EVENT_RECORDED_STATUS_NOT_READY = 0,
+  ACL_EVENT_RECORDED_STATUS_COMPLETE = 1
+} aclrtEventRecordedStatus;
+typedef enum { ACL_EVENT_WAIT_STATUS_COMPLETE = 0, ACL_EVENT_WAIT_STATUS_NOT_READY = 1 } aclrtEventWaitStatus;
+typedef enum { ACL_RT_OVERFLOW_MODE_SATURATION = 0, ACL_RT_OVERFLOW_MODE_INFNAN = 1 } aclrtFloatOverflowMode;
+typedef enum { ACL_OPT_DETERMINISTIC = 0 } aclSysParamOpt;
+typedef enum { ACL_PRECISION_MODE = 0 } aclCompileOpt;
+typedef enum { ACL_MEMTYPE_DEVICE = 0, ACL_MEMTYPE_HOST = 1 } aclMemType;
+typedef enum { ACL_DEBUG = 0, ACL_INFO = 1, ACL_WARNING = 2, ACL_ERROR = 3 } aclLogLevel;
+typedef enum { ACL_ENGINE_SYS = 0 } aclopEngineType;
+typedef enum { ACL_COMPILE_SYS = 0 } aclopCompileType;
+typedef struct aclTensorDesc aclTensorDesc;
+typedef struct aclDataBuffer aclDataBuffer;
+typedef struct aclopAttr aclopAttr;
+}
+#endif
+
+namespace emulator {
+
+// Status codes of the runtime (error_codes/rt_error_codes.h in the torch_npu wheel).
+inline constexpr int kInvalidParam = 107000, kInvalidDevice = 107001, kContextNull = 107002,
+                     kStreamContext = 107003, kInvalidMemoryType = 107016, kInvalidHandle = 107017,
+                     kOutOfMemory = 207001, kNotSupported = 207000, kInternalError = 507899;
+
+// The current device of this thread, -1 before aclrtSetDevice.
+int CurrentDevice();
+void SetCurrentDevice(int device);
+int DeviceCount();
+
+void Count(const char* counter, long change = 1);
+// Microseconds by which slow() holds up each stream task, and each operator's launch on the caller's thread.
+int TaskDelay();
+int LaunchDelay();
+
+// emulator_enqueue for what is no operator: copies, fills, events.
+int Enqueue(aclrtStream stream, int (*task)(void*), void (*drop)(void*), void* context);
+
+// Waits for the streams of a device (-1: of all), without counting a synchronisation. The first stream's
+// failure, or 0.
+int WaitForStreams(int device);
+
+}  // namespace emulator

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+// Streams and events. A stream is a thread that runs its tasks in order, started with the first task; a
+// failed task makes every later synchronisation of its stream fail, as on a device.
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "emulator/runtime/runtime.h"
+
+namespace {
+
+struct Task {
+  int (*run)(void*);
+  void (*drop)(void*);
+  void* context;
+};
+
+class Stream {
+ public:
+  explicit Stream(int device, int id) : device_(device), id_(id) {}
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    if (thread_.joinable()) thread_.join();  // runs what is queued first
+  }
+
+  int device() const { return device_; }
+  int id() const { return id_; }
+
+  void Push(const Task& task) {
+    std::lock_guard lock(mutex_);
+    if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+    tasks_.push_back(task);
+    ++pushed_;
+    wake_.notify_one();
+  }
+
+  // Waits for what was pushed before; the stream's first failure, or 0.
+  int Wait() {
+    std::unique_lock lock(mutex_);
+    const uint64_t last = pushed_;
+    done_.wait(lock, [&] { return finished_ >= last; });
+    if (status_ != 0) emulator_error(status_, "%s", error_.c_str());
+    return status_;
+  }
+
+  bool Busy() {
+    std::lock_guard lock(mutex_);
+    return finished_ < pushed_;
+  }
+
+ private:
+  void Run() {
+    emulator::SetCurrentDevice(device_);
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return stopping_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const Task task = tasks_.front();
+      tasks_.pop_front();
+      lock.unlock();
+      if (const int delay = emulator::TaskDelay()) usleep(static_cast<useconds_t>(delay));
+      const int status = task.run(task.context);
+      task.drop(task.context);
+      const std::string error = status == 0 ? "" : aclGetRecentErrMsg();
+      lock.lock();
+      if (status != 0 && status_ == 0) {
+        status_ = status;
+        error_ = error;
+      }
+      ++finished_;
+      done_.notify_all();
+    }
+  }
+
+  const int device_, id_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::deque<Task> tasks_;
+  uint64_t pushed_ = 0, finished_ = 0;
+  int status_ = 0;
+  std::string error_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+// One record of an event is a generation; waits are for the last one at their call.
+struct Event {
+  std::mutex mutex;
+  std::condition_variable changed;
+  uint64_t recorded = 0, reached = 0;
+  std::chrono::steady_clock::time_point time;
+
+  bool Complete() {
+    std::lock_guard lock(mutex);
+    return reached >= recorded;
+  }
+};
+
+struct EventTask {
+  std::shared_ptr<Event> event;
+  uint64_t generation;
+};
+
+struct Registry {
+  std::mutex mutex;
+  std::map<void*, std::shared_ptr<Stream>> streams;
+  std::map<int, std::shared_ptr<Stream>> defaults;  // by device
+  std::map<void*, std::shared_ptr<Event>> events;
+  int next_id = 0;
+};
+
+// Never destroyed: threads use it until the process ends. Busy streams end their work before static objects
+// go.
+Registry& registry() {
+  static Registry& r = *[] {
+    std::atexit([] { emulator::WaitForStreams(-1); });
+    return new Registry;
+  }();
+  return r;
+}
+
+// The stream behind a handle, the current device's default for null; null with an error set when there is
+// none.
+std::shared_ptr<Stream> Find(const char* function, aclrtStream handle) {
+  Registry& r = registry();
+  std::lock_guard lock(r.mutex);
+  if (handle != nullptr) {
+    const auto it = r.streams.find(handle);
+    if (it != r.streams.end()) return it->second;
+    emulator_error(emulator::kInvalidHandle, "%s: %p is no live stream", function, handle);
+    return nullptr;
+  }
+  const int device = emulator::CurrentDevice();
+  if (device < 0) {
+    emulator_error(emulator::kContextNull, "%s: no device was set", function);
+    return nullptr;
+  }
+  auto& stream = r.defaults[device];
+  if (stream == nullptr) stream = std::make_shared<Stream>(device, r.next_id++);
+  return stream;
+}
+
+std::shared_ptr<Event> FindEvent(const char* function, aclrtEvent handle) {
+  Registry& r = registry();
+  std::lock_guard lock(r.mutex);
+  const auto it = r.events.find(handle);
+  if (it != r.events.end()) return it->second;
+  emulator_error(emulator::kInvalidHandle, "%s: %p is no live event", function, handle);
+  return nullptr;
+}
+
+int Enqueue(const char* function, aclrtStream handle, const Task& task) {
+  const std::shared_ptr<Stream> stream = Find(function, handle);
+  if (stream == nullptr) {
+    task.drop(task.context);
+    return emulator::kInvalidHandle;
+  }
+  if (stream->device() != emulator::CurrentDevice()) {
+    task.drop(task.context);
+    return emulator_error(emulator::kStreamContext,
+                          "%s: the stream is of device %d, but device %d is current", function,
+                          stream->device(), emulator::CurrentDevice());
+  }
+  stream->Push(task);
+  return 0;
+}
+
+int EnqueueForEvent(const char* function, aclrtStream stream, int (*run)(void*), EventTask task) {
+  return Enqueue(
+      function, stream,
+      {run, [](void* context) { delete static_cast<EventTask*>(context); }, new EventTask(std::move(task))});
+}
+
+int Synchronize(const char* function, aclrtStream handle) {
+  const std::shared_ptr<Stream> stream = Find(function, handle);
+  if (stream == nullptr) return emulator::kInvalidHandle;
+  emulator::Count("synchronizations");
+  return stream->Wait();
+}
+
+int SynchronizeDevice(const char* function) {
+  if (emulator::CurrentDevice() < 0)
+    return emulator_error(emulator::kContextNull, "%s: no device was set", function);
+  emulator::Count("synchronizations");
+  return emulator::WaitForStreams(emulator::CurrentDevice());
+}
+
+}  // namespace
+
+namespace emulator {
+
+int Enqueue(aclrtStream stream, int (*task)(void*), void (*drop)(void*), void* context) {
+  return ::Enqueue("a task", stream, {task, drop, context});
+}
+
+int WaitForStreams(int device) {
+  std::vector<std::shared_ptr<Stream>> streams;
+  {
+    Registry& r = registry();
+    std::lock_guard lock(r.mutex);
+    for (const auto& [handle, stream] : r.streams) streams.push_back(stream);
+    for (const auto& [of, stream] : r.defaults) streams.push_back(stream);
+  }
+  int first = 0;
+  for (const auto& stream : streams) {
+    if (device >= 0 && stream->device() != device) continue;
+    const int status = stream->Wait();
+    if (first == 0) first = status;
+  }
+  return first;
+}
+
+}  // namespace emulator
+
+int emulator_enqueue(aclrtStream stream, const char* name, int (*task)(void*), void (*drop)(void*),
+                     void* context) {
+  if (const int delay = emulator::LaunchDelay()) usleep(static_cast<useconds_t>(delay));
+  emulator::Count("launches");
+  return Enqueue(name, stream, {task, drop, context});
+}
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+#define CALL() \
+  if (const int status = emulator_call(__func__)) return status
+
+aclError aclrtCreateStreamWithConfig(aclrtStream* handle, uint32_t, uint32_t) {
+  CALL();
+  const int device = emulator::CurrentDevice();
+  if (device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
+  Registry& r = registry();
+  std::lock_guard lock(r.mutex);
+  auto stream = std::make_shared<Stream>(device, r.next_id++);
+  *handle = stream.get();
+  r.streams[*handle] = std::move(stream);
+  emulator_live("stream", 1);
+  return 0;
+}
+
+aclError aclrtCreateStream(aclrtStream* handle) { return aclrtCreateStreamWithConfig(handle, 0, 0); }
+
+aclError aclrtDestroyStream(aclrtStream handle) {
+  const int injected = emulator_call(__func__);
+  std::shared_ptr<Stream> stream;
+  {
+    Registry& r = registry();
+    std::lock_guard lock(r.mutex);
+    const auto it = r.streams.find(handle);
+    if (it == r.streams.end()) {
+      return emulator_error(emulator::kInvalidHandle, "%s: %p is no live stream", __func__, handle);
+    }
+    stream = std::move(it->second);
+    r.streams.erase(it);
+  }
+  emulator_live("stream", -1);
+  const int status = stream->Wait();
+  return injected != 0 ? injected : status;
+}
+
+aclError aclrtDestroyStreamForce(aclrtStream handle) { return aclrtDestroyStream(handle); }
+
+aclError aclrtSynchronizeStream(aclrtStream handle) {
+  CALL();
+  return Synchronize(__func__, handle);
+}
+
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream handle, int32_t) {
+  CALL();
+  return Synchronize(__func__, handle);
+}
+
+aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status_out) {
+  CALL();
+  const std::shared_ptr<Stream> stream = Find(__func__, handle);
+  if (stream == nullptr) return emulator::kInvalidHandle;
+  *status_out = stream->Busy() ? ACL_STREAM_STATUS_NOT_READY : ACL_STREAM_STATUS_COMPLETE;
+  return 0;
+}
+
+aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
+  CALL();
+  const std::shared_ptr<Stream> stream = Find(__func__, handle);
+  if (stream == nullptr) return emulator::kInvalidHandle;
+  *id = stream->id();
+  return 0;
+}
+
+aclError aclrtSynchronizeDevice() {
+  CALL();
+  return SynchronizeDevice(__func__);
+}
+
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t) {
+  CALL();
+  return SynchronizeDevice(__func__);
+}
+
+aclError aclrtCreateEventExWithFlag(aclrtEvent* handle, uint32_t) {
+  CALL();
+  auto event = std::make_shared<Event>();
+  *handle = event.get();
+  Registry& r = registry();
+  std::lock_guard lock(r.mutex);
+  r.events[*handle] = std::move(event);
+  emulator_live("event", 1);
+  return 0;
+}
+
+aclError aclrtCreateEventWithFlag(aclrtEvent* handle, uint32_t flag) {
+  return aclrtCreateEventExWithFlag(handle, flag);
+}
+aclError aclrtCreateEvent(aclrtEvent* handle) { return aclrtCreateEventExWithFlag(handle, 0); }
+
+// Tasks that still wait for the event keep it alive.
+aclError aclrtDestroyEvent(aclrtEvent handle) {
+  const int injected = emulator_call(__func__);
+  Registry& r = registry();
+  std::lock_guard lock(r.mutex);
+  if (r.events.erase(handle) == 0) {
+    return emulator_error(emulator::kInvalidHandle, "%s: %p is no live event", __func__, handle);
+  }
+  emulator_live("event", -1);
+  return injected;
+}
+
+aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
+  CALL();
+  if (FindEvent(__func__, handle) == nullptr) return emulator::kInvalidHandle;
+  return Find(__func__, stream) == nullptr ? emulator::kInvalidHandle : 0;
+}
+
+aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
+  CALL();
+  std::shared_ptr<Event> event = FindEvent(__func__, handle);
+  if (event == nullptr) return emulator::kInvalidHandle;
+  uint64_t generation;
+  {
+    std::lock_guard lock(event->mutex);
+    generation = ++event->recorded;
+  }
+  const int status = EnqueueForEvent(__func__, stream,
+                                     [](void* context) {
+                                       const auto& [recorded, number] = *static_cast<EventTask*>(context);
+                                       {
+                                         std::lock_guard lock(recorded->mutex);
+                                         if (number > recorded->reached) recorded->reached = number;
+                                         recorded->time = std::chrono::steady_clock::now();
+                                       }
+                                       recorded->changed.notify_all();
+                                       return 0;
+                                     },
+                                     {event, generation});
+  if (status != 0) {  // or every wait for it would be endless
+    std::lock_guard lock(event->mutex);
+    if (event->recorded == generation) --event->recorded;
+  }
+  return status;
+}
+
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
+  CALL();
+  std::shared_ptr<Event> event = FindEvent(__func__, handle);
+  if (event == nullptr) return emulator::kInvalidHandle;
+  uint64_t generation;
+  {
+    std::lock_guard lock(event->mutex);
+    generation = event->recorded;
+  }
+  return EnqueueForEvent(__func__, stream,
+                         [](void* context) {
+                           const auto& task = *static_cast<EventTask*>(context);
+                           std::unique_lock lock(task.event->mutex);
+                           task.event->changed.wait(lock,
+                                                    [&] { return task.event->reached >= task.generation; });
+                           return 0;
+                         },
+                         {event, generation});
+}
+
+aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+  CALL();
+  const std::shared_ptr<Event> event = FindEvent(__func__, handle);
+  if (event == nullptr) return emulator::kInvalidHandle;
+  emulator::Count("synchronizations");
+  std::unique_lock lock(event->mutex);
+  const uint64_t generation = event->recorded;
+  event->changed.wait(lock, [&] { return event->reached >= generation; });
+  return 0;
+}
+
+aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status_out) {
+  CALL();
+  const std::shared_ptr<Event> event = FindEvent(__func__, handle);
+  if (event == nullptr) return emulator::kInvalidHandle;
+  *status_out = event->Complete() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+  return 0;
+}
+
+aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus* status_out) {
+  CALL();
+  const std::shared_ptr<Event> event = FindEvent(__func__, handle);
+  if (event == nullptr) return emulator::kInvalidHandle;
+  *status_out = event->Complete() ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
+  return 0;
+}
+
+aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent from, aclrtEvent to) {
+  CALL();
+  const std::shared_ptr<Event> begin = FindEvent(__func__, from), end = FindEvent(__func__, to);
+  if (begin == nullptr || end == nullptr) return emulator::kInvalidHandle;
+  if (begin->recorded == 0 || end->recorded == 0 || !begin->Complete() || !end->Complete()) {
+    return emulator_error(emulator::kInvalidParam, "%s: both events must be recorded and complete", __func__);
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
+  return 0;
+}
+
+#pragma GCC visibility pop
+}
