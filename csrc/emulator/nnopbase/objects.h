@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The objects behind aclnn's opaque pointers, and the executor that both phases of an operator share. Owned by
-// libnnopbase.so (objects.cc); opapi/ (the FFN operators) and aten/ (all others) build executors from them.
+// The objects behind aclnn's opaque pointers, and the executor that both phases of an operator share. Owned
+// by libnnopbase.so (objects.cc); opapi/ (the FFN operators) and aten/ (all others) build executors from
+// them.
 #pragma once
 
 #include <functional>
@@ -41,29 +42,34 @@ struct aclOpExecutor {
   std::string name;             // of the operator, such as aclnnFFNV3
   uint64_t workspace_size = 0;  // phase 2 refuses less
   bool repeatable = false;
-  // Every tensor parameter of phase 1 in its order, absent ones with data null and dtype ACL_DT_UNDEFINED; the last
-  // `outputs` of them are outputs. The address setters change `data`.
+  // Every tensor parameter of phase 1 in its order, absent ones with data null and dtype ACL_DT_UNDEFINED;
+  // the last `outputs` of them are outputs. The address setters change `data`.
   std::vector<aclTensor> tensors;
   size_t outputs = 1;
   // Runs on the stream's thread with the host's view of the workspace; returns a status.
   std::function<int(const std::vector<aclTensor>& tensors, void* workspace)> run;
 };
 
+#pragma GCC visibility push(default)
 namespace emulator {
 
 // Bits of one element; 0 for a dtype that the emulator does not know.
 int ElementBits(aclDataType dtype);
 
-// Zero, or 161002 with a message that names `op` and `parameter`: the tensor's view must stay inside its storage, and
-// its storage inside one live allocation of the current device. An empty view is fine.
+// Zero, or 161002 with a message that names `op` and `parameter`: the tensor's view must stay inside its
+// storage, and its storage inside one live allocation of the current device. An empty view is fine.
 int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor);
+
+// False for what was destroyed, or never was a tensor.
+bool IsLiveTensor(const aclTensor* tensor);
 
 // Takes the executor over to the caller of phase 1 (counted as live). `executor` must not be null.
 void Publish(aclOpExecutor made, uint64_t* workspace_size, aclOpExecutor** executor);
 
-// Phase 2 of every operator: checks executor (unknown or used ones included) and workspace, queues the run with copies
-// of everything, and ends a one-shot executor whether it succeeds or fails. Status codes are contract.md g's, before
-// an operator maps them.
+// Phase 2 of every operator: checks executor (unknown or used ones included) and workspace, queues the run
+// with copies of everything, and ends a one-shot executor whether it succeeds or fails. Status codes are
+// contract.md g's, before an operator maps them.
 int Launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream);
 
 }  // namespace emulator
+#pragma GCC visibility pop
