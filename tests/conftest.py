@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of every test run: Hypothesis profiles, and which build of ffn_ops is under test."""
+"""Settings of every test run: the device under test, Hypothesis profiles, and which build of ffn_ops it is.
+
+`pytest` runs on the CPU; `pytest --device npu` runs what is listed below on NPU tensors of the emulator.
+"""
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before NumPy is imported: the reference gains nothing from BLAS threads, and loses much beside torch.
@@ -14,7 +19,44 @@ settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+HERE = Path(__file__).parent
+# What --device npu runs: the operator's own tests, and those that only torch_npu makes possible.
+ON_NPU = {HERE / name for name in ("test_op.py", "test_bad_input.py", "test_compile.py", "npu")}
 
-def pytest_report_header() -> str:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "npu"), default="cpu", help="where tensors live; npu: on the emulator"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only: a matter of the CPU; --device npu leaves it out")
+    device = config.getoption("device")
+    os.environ["FFN_OPS_TEST_DEVICE"] = device  # strategies.py reads it
+    if device == "npu":
+        import ffn_ops.emulator
+
+        ffn_ops.emulator.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.parent != HERE:
+        return None
+    if config.getoption("device") == "cpu":
+        return True if collection_path.name == "npu" else None
+    return None if collection_path in ON_NPU else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("device") == "npu":
+        cpu_only = [item for item in items if item.get_closest_marker("cpu_only")]
+        items[:] = [item for item in items if item not in cpu_only]
+        config.hook.pytest_deselected(items=cpu_only)
+        print(f"--device npu leaves out {len(cpu_only)} tests marked cpu_only")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
     package = find_spec("ffn_ops")
-    return f"ffn_ops: {list(package.submodule_search_locations or []) if package else 'not found'}"
+    found = list(package.submodule_search_locations or []) if package else "not found"
+    return f"ffn_ops: {found}, tensors on the {config.getoption('device')}"

@@ -2,9 +2,10 @@
 """Hypothesis strategies for calls, drawn from the contract's tables.
 
 `calls` draws legal calls as specs; `Call` turns one into arrays for the reference and tensors for the
-operator. test_contract.py breaks them rule by rule, test_op.py runs them.
+operator, on the device under test. test_contract.py breaks them rule by rule, test_op.py runs them.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from ffn_ops import contract
 from ffn_ops.contract import ACTIVATIONS, FLOAT_MODES, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
 
+DEVICE = os.environ["FFN_OPS_TEST_DEVICE"]  # "cpu" or "npu": conftest.py's option --device
+TARGET = {"cpu": "cpu", "npu": "ascend910b"}[DEVICE]
 NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int4": np.dtype(ml_dtypes.int4)}
 
 
@@ -26,7 +29,7 @@ class Call:
     specs: dict[str, Spec]
     activation: str
     inner_precise: int | None = None
-    target: str = "cpu"
+    target: str = TARGET
     tokens: tuple[int, ...] = ()  # rows of each expert
     tokens_index_flag: bool = False
     int4_storage: torch.dtype = torch.uint8
@@ -73,7 +76,7 @@ class Call:
         return arrays
 
     def tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """The arrays as tensors, in this call's int4 storage and memory layouts."""
+        """The arrays as tensors on DEVICE, in this call's int4 storage and memory layouts."""
         return {
             name: lay_out(to_torch(array, self.int4_storage), self.layouts.get(name, "dense"))
             for name, array in arrays.items()
@@ -118,21 +121,22 @@ def to_torch(array: np.ndarray, int4_storage: torch.dtype = torch.uint8) -> torc
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """An equal tensor whose memory is dense, transposed (as nn.Linear's weight.t()) or every second
+    """An equal tensor on DEVICE whose memory is dense, transposed (as nn.Linear's weight.t()) or every second
     element."""
     if layout == "transposed" and tensor.dim() >= 2:
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return tensor.transpose(-1, -2).contiguous().to(DEVICE).transpose(-1, -2)
     if layout == "sliced":
         wide = tensor.new_empty((*tensor.shape, 2))
         wide[..., 0] = tensor
-        return wide[..., 0]
-    return tensor
+        return wide.to(DEVICE)[..., 0]
+    return tensor.to(DEVICE)
 
 
 def _random(rng: np.random.Generator, name: str, spec: Spec, plan: contract.Plan) -> np.ndarray:
@@ -166,7 +170,7 @@ def _random(rng: np.random.Generator, name: str, spec: Spec, plan: contract.Plan
 @st.composite
 def calls(
     draw: st.DrawFn,
-    target: str = "cpu",
+    target: str = TARGET,
     modes: tuple[str, ...] | None = None,
     glu: bool | None = None,
     experts: bool | None = None,

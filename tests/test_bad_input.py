@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users get wrong beyond the contract's tables: values, devices, layouts, targets. A sentence, never a
-crash.
+crash. With `pytest --device npu` on emulated NPU tensors.
 
 Broken contract rules are test_contract.py's affair.
 """
@@ -13,11 +13,17 @@ import threading
 import numpy as np
 import pytest
 import torch
+from strategies import DEVICE
 
 import ffn_ops
 from ffn_ops import ContractError
 
 op = torch.ops.ffn.ffn
+
+
+def on_device(*shape: int) -> torch.Tensor:
+    """Ones, of a dtype that every target takes."""
+    return torch.ones(*shape).half().to(DEVICE)
 
 
 def experts(tokens: list[int], M: int = 6, **options: object) -> torch.Tensor:
@@ -27,6 +33,7 @@ def experts(tokens: list[int], M: int = 6, **options: object) -> torch.Tensor:
     )
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("tokens", "index", "sentence"),
     [
@@ -61,13 +68,13 @@ def test_token_values_that_do_not_fit_are_refused(tokens: list[int], index: bool
 @pytest.mark.parametrize("tokens", [[1.5, 4.5], ["3", "3"], [2**64, 1], [None, 6]])
 def test_token_lists_hold_integers(tokens: list[object]):
     with pytest.raises(ContractError, match="it must hold int64 numbers"):
-        ffn_ops.ffn(torch.ones(6, 4), torch.ones(2, 4, 8), torch.ones(2, 8, 4), "relu", tokens)
+        ffn_ops.ffn(on_device(6, 4), on_device(2, 4, 8), on_device(2, 8, 4), "relu", tokens)
 
 
 @pytest.mark.parametrize("name", ["weight1", "weight2", "bias1", "out"])
 def test_tensors_on_another_device_than_x_are_refused(name: str):
-    tensors = {"x": torch.ones(6, 4), "weight1": torch.ones(4, 8), "weight2": torch.ones(8, 4),
-               "bias1": torch.ones(8), "out": torch.empty(6, 4)}  # fmt: skip
+    tensors = {"x": on_device(6, 4), "weight1": on_device(4, 8), "weight2": on_device(8, 4),
+               "bias1": on_device(8), "out": on_device(6, 4)}  # fmt: skip
     tensors[name] = tensors[name].to("meta")
     overload = op.out if name == "out" else op.default
     if name != "out":
@@ -76,6 +83,7 @@ def test_tensors_on_another_device_than_x_are_refused(name: str):
         overload(**tensors, activation="relu")
 
 
+@pytest.mark.cpu_only
 def test_sparse_tensors_are_refused():
     with pytest.raises(RuntimeError, match=r"[Ss]parse"):
         op(torch.ones(6, 4).to_sparse(), torch.ones(4, 8), torch.ones(8, 4), "relu")
@@ -85,13 +93,14 @@ def test_sparse_tensors_are_refused():
 
 @pytest.mark.parametrize("name", ["x", "weight1", "bias2", "out"])
 def test_tensors_whose_storage_was_freed_are_refused(name: str):
-    tensors = {"x": torch.ones(6, 4), "weight1": torch.ones(4, 8), "weight2": torch.ones(8, 4),
-               "bias2": torch.ones(4), "out": torch.empty(6, 4)}  # fmt: skip
+    tensors = {"x": on_device(6, 4), "weight1": on_device(4, 8), "weight2": on_device(8, 4),
+               "bias2": on_device(4), "out": on_device(6, 4)}  # fmt: skip
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=rf"{name} reaches to byte \d+, but its storage holds 0"):
         op.out(**tensors, activation="relu")
 
 
+@pytest.mark.cpu_only
 def test_misaligned_tensors_are_right():
     def misaligned(tensor: torch.Tensor) -> torch.Tensor:
         memory = bytearray(tensor.numel() * tensor.element_size() + 1)
@@ -112,18 +121,11 @@ def test_misaligned_tensors_are_right():
 
 
 def test_out_that_overlaps_itself_is_refused():
-    with pytest.raises(RuntimeError, match="out has several elements in one memory location"):
-        op(
-            torch.ones(6, 4),
-            torch.ones(4, 8),
-            torch.ones(8, 4),
-            "relu",
-            out=torch.empty(99).as_strided((6, 4), (1, 1)),
-        )
-    empty = torch.empty(1).expand(0, 4)
-    op(torch.ones(0, 4), torch.ones(4, 8), torch.ones(8, 4), "relu", out=empty)
-    with pytest.raises(RuntimeError, match="out has several elements in one memory location"):
-        op(torch.ones(6, 4), torch.ones(4, 8), torch.ones(8, 4), "relu", out=torch.empty(4).expand(6, 4))
+    x, w1, w2 = on_device(6, 4), on_device(4, 8), on_device(8, 4)
+    for overlapping in (on_device(99).as_strided((6, 4), (1, 1)), on_device(4).expand(6, 4)):
+        with pytest.raises(RuntimeError, match="out has several elements in one memory location"):
+            op(x, w1, w2, "relu", out=overlapping)
+    op(x[:0], w1, w2, "relu", out=on_device(1).expand(0, 4))
 
 
 def test_shapes_whose_products_overflow_are_refused_without_a_crash():
@@ -135,25 +137,29 @@ def test_shapes_whose_products_overflow_are_refused_without_a_crash():
                  "weight2": ffn_ops.contract.Spec("float32", (8, 4))},
                 "relu",
             )  # fmt: skip
-    huge = torch.zeros(()).expand(2**40, 2**20)
     with pytest.raises(RuntimeError, match=r"K1|x has shape"):
-        op(huge, torch.ones(4, 8), torch.ones(8, 4), "relu")
+        op(on_device(1, 1).expand(2**40, 2**20), on_device(4, 8), on_device(8, 4), "relu")
+
+
+@pytest.mark.cpu_only
+def test_an_answer_that_no_memory_holds_is_refused():
     with pytest.raises(RuntimeError, match=r"^y needs memory for 1152921504606846976 elements"):
         op(torch.zeros(()).expand(2**58, 4), torch.ones(4, 8), torch.ones(8, 4), "relu")
 
 
 def test_nan_and_infinity_pass_as_the_formula_says():
-    w = torch.eye(4)
-    x = torch.tensor([[torch.nan, 1, 1, 1], [torch.inf, 1, 1, 1], [-torch.inf, 1, 1, 1], [1, 1, 1, 1]])
-    y = op(x, w, w, "relu")
+    w = torch.eye(4).half().to(DEVICE)
+    rows = torch.tensor([[torch.nan, 1, 1, 1], [torch.inf, 1, 1, 1], [-torch.inf, 1, 1, 1], [1, 1, 1, 1]])
+    x = rows.half().to(DEVICE)
+    y = op(x, w, w, "relu").float().cpu()
     assert y[0].isnan().all()  # nan * 0 in every column
     assert y[1, 0].isnan() or y[1, 0] == torch.inf
     assert y[3].equal(torch.ones(4))
-    assert op(x[:1], w, w, "relu").isnan().all()
+    assert op(x[:1], w, w, "relu").cpu().isnan().all()
 
 
 def test_arguments_of_other_kinds_are_refused():
-    x, w = torch.ones(6, 4), torch.ones(4, 4)
+    x, w = on_device(6, 4), on_device(4, 4)
     with pytest.raises(RuntimeError):
         op(x, w, w, 3)
     with pytest.raises((RuntimeError, TypeError)):
@@ -174,6 +180,7 @@ def test_arguments_of_other_kinds_are_refused():
         op(x, w, w, "relu", bias3=w)
 
 
+@pytest.mark.cpu_only
 def test_a_target_holds_within_its_block_and_its_thread_only():
     x, w = torch.ones(6, 4), torch.ones(4, 4)
     seen = []
@@ -200,6 +207,7 @@ def test_a_target_holds_within_its_block_and_its_thread_only():
         ffn_ops.explain(x, w, w, "relu", target="ascend999")
 
 
+@pytest.mark.cpu_only
 def test_a_target_changes_what_is_legal_and_no_number():
     x, w = torch.randn(6, 4).half(), torch.randn(4, 4).half()
     expected = op(x, w, w, "gelu")
@@ -207,6 +215,7 @@ def test_a_target_changes_what_is_legal_and_no_number():
         assert torch.equal(op(x, w, w, "gelu"), expected)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
@@ -263,25 +272,29 @@ def test_npu_ffn_has_torch_npus_signature_and_meaning():
         "expert_tokens_index",
     ]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in list(parameters.values())[4:])
-    x, w1, w2 = torch.randn(6, 4).half(), torch.randn(2, 4, 8).half(), torch.randn(2, 8, 4).half()
+    shapes = (6, 4), (2, 4, 8), (2, 8, 4)
+    x, w1, w2 = (torch.randn(*shape).half().to(DEVICE) for shape in shapes)
+
+    def equals(y: torch.Tensor, other: torch.Tensor) -> bool:
+        return torch.equal(y.cpu(), other.cpu())
+
+    tokens = torch.tensor([2, 4], device=DEVICE)
     counts = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4])
-    assert torch.equal(
-        counts, ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[], expert_tokens_index=[2, 6])
-    )
-    assert torch.equal(counts, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=0))
+    assert equals(counts, ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[], expert_tokens_index=[2, 6]))
+    assert equals(counts, op(x, w1, w2, "gelu", tokens, inner_precise=0))
     high_performance = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4], inner_precise=1)
-    assert torch.equal(high_performance, op(x, w1, w2, "gelu", torch.tensor([2, 4]), inner_precise=1))
-    tensor = ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=torch.tensor([2, 4]))
-    assert torch.equal(counts, tensor)
+    assert equals(high_performance, op(x, w1, w2, "gelu", tokens, inner_precise=1))
+    assert equals(counts, ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=tokens))
     with pytest.raises(ContractError, match="exclude each other"):
         ffn_ops.npu_ffn(x, w1, w2, "gelu", expert_tokens=[2, 4], expert_tokens_index=[2, 6])
     # output_dtype counts only beside deq_scale1.
     assert ffn_ops.npu_ffn(x, w1[0], w2[0], "gelu", output_dtype=torch.bfloat16).dtype == torch.float16
-    # GLU needs inner_precise 1 on the NPU, and None means 0 there.
+    # GLU needs inner_precise 1 on the NPU, and None means 0 there. On an NPU, `target` changes nothing.
     with ffn_ops.target("ascend910b"), pytest.raises(ContractError, match="inner_precise is 0"):
         ffn_ops.npu_ffn(x, w1[0], w2[0, :4], "swiglu")
 
 
+@pytest.mark.cpu_only
 def test_npu_ffn_takes_scales_with_a_leading_one_as_torch_npus_tests_pass_them():
     rng = np.random.default_rng(3)
     x = torch.from_numpy(rng.integers(-128, 127, (32, 16), dtype=np.int8))

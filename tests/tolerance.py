@@ -2,7 +2,8 @@
 """The only bound of the numeric tests: how far a kernel's answer may be from reference.ffn's, cell by cell.
 
 It walks the kernel's steps with intervals instead of values: each holds whatever a kernel may have there that
-sums float32 products in any order and evaluates activations in float32. Named roundings are monotone, so an
+sums float32 products in any order and evaluates activations in float32, or, if asked, in float16 steps where
+the contract does. Named roundings are monotone, so an
 interval passes one by rounding its ends, and most then shrink to a point: that is what lets the bound see a
 single wrong rounding. docs/numerics.md derives every term; tests/test_reference.py catches mutants.
 """
@@ -28,6 +29,10 @@ EXTRA_ROUNDINGS = 5
 # A float32 x * s(z), s the logistic function: z is within 8 units of itself, each exp within 2 ulp (4 units),
 # and at most 4 roundings follow. A relative error of z counts |z| s(-z) times; |x| |z| s(z) s(-z) < |x| / 4.
 ACTIVATION_ERROR = 16 * UNIT  # of |act(x)| + |x| / 4
+EXP_ERROR = 4 * UNIT
+# The same for activations that are rounded to float16 at every step: 2**-11 and 2**-24 are its unit and TINY.
+ACTIVATION_ERROR_16 = 16 * 2.0**-11
+TINY_16 = 2.0**-24
 # max |act'|: 1.0998... for t s(t), which fastgelu only stretches, and 1.1289... for the tanh form of gelu.
 SLOPE = {"fastgelu": 1.1, "silu": 1.1, "swiglu": 1.1, "gelu": 1.13, "geglu": 1.13}
 
@@ -80,19 +85,21 @@ def _through(step: Callable[[Array], Array], v: Interval) -> Interval:
     return Interval(np.minimum(*ends), np.maximum(*ends))
 
 
-def bound(*args: Any, **kwargs: Any) -> Array:
+def bound(*args: Any, stepwise: bool = False, **kwargs: Any) -> Array:
     """The largest admissible |kernel - reference.ffn(...)| of each cell, as float64; same arguments as that.
+
+    stepwise: the kernel may also evaluate activations in float16 steps where the contract does, as an NPU.
 
     An infinity counts as the power of two after y's largest finite value. A bound of inf allows anything, NaN
     too; where the reference is NaN, 0 asks for NaN.
     """
-    return _reference_and_bound(*args, **kwargs)[1]
+    return _reference_and_bound(stepwise, *args, **kwargs)[1]
 
 
 @np.errstate(all="ignore")
-def assert_close(actual: Array, *args: Any, **kwargs: Any) -> None:
+def assert_close(actual: Array, *args: Any, stepwise: bool = False, **kwargs: Any) -> None:
     """Asserts |actual - reference.ffn(...)| <= bound(...) in every cell; reports the worst one."""
-    expected, limit = _reference_and_bound(*args, **kwargs)
+    expected, limit = _reference_and_bound(stepwise, *args, **kwargs)
     assert actual.dtype == expected.dtype, f"y is {actual.dtype}, but the reference's is {expected.dtype}"
     assert actual.shape == expected.shape, f"y is {actual.shape}, but the reference's is {expected.shape}"
     got, wanted = _on_line(actual, actual.dtype), _on_line(expected, actual.dtype)
@@ -108,7 +115,7 @@ def assert_close(actual: Array, *args: Any, **kwargs: Any) -> None:
 
 
 @np.errstate(all="ignore")
-def _reference_and_bound(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+def _reference_and_bound(stepwise: bool, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
     expected = reference.ffn(*args, **kwargs)
     call = inspect.signature(reference.ffn).bind(*args, **kwargs)
     call.apply_defaults()
@@ -123,7 +130,9 @@ def _reference_and_bound(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
         first, second, of["scale"], of["offset"], of["expert_tokens"], of["tokens_index_flag"], len(y)
     ):
         if len(expert.second.weight):  # without a second product, y is a bias, bit for bit
-            kernel = _kernel(x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype)
+            kernel = _kernel(
+                x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype, stepwise
+            )
             limit[expert.rows] = _distance(kernel, y[expert.rows])
     return expected, limit.reshape(expected.shape)
 
@@ -140,10 +149,12 @@ def _distance(kernel: Interval, y: Array) -> Array:
     return np.where((kernel.low == -np.inf) & (kernel.high == np.inf), np.inf, distance)
 
 
-def _kernel(x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike) -> Interval:
+def _kernel(
+    x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike, stepwise: bool
+) -> Interval:
     """What a kernel may answer; step for step what reference.ffn's _ascend does."""
     if x.dtype == np.int8:
-        return _int8_kernel(x, expert, activation, dtype)
+        return _int8_kernel(x, expert, activation, dtype, stepwise)
     acc = _product(_point(x), expert.first, x.dtype)
     rounded_before = high_performance(x, expert.first, inner_precise)
     if rounded_before:
@@ -152,17 +163,18 @@ def _kernel(x: Array, expert: Expert, activation: str, inner_precise: int, dtype
         left, right = (Interval(*ends) for ends in zip(*(np.split(v, 2, axis=-1) for v in acc), strict=True))
         h = _times(left, _activation(right, activation))
     else:
-        h = _activation(acc, activation)
+        h = (_stepwise if stepwise and rounded_before else _activation)(acc, activation)
     ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
     h = _through(lambda v: ties(v, x.dtype), h)
     return _through(lambda v: nearest_even(v, dtype), _product(h, expert.second, x.dtype))
 
 
-def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike) -> Interval:
+def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike, stepwise: bool) -> Interval:
     value = dequantize(accumulate(x, expert.first), expert.first)  # bit for bit
     if dtype == np.float16:
         value = nearest_even(value, np.float16)
-    h = _through(lambda v: nearest_even(v, np.float16), _activation(_point(value), activation))
+    act = _stepwise if stepwise and dtype == np.float16 else _activation
+    h = _through(lambda v: nearest_even(v, np.float16), act(_point(value), activation))
     scale, offset = expert.scale, expert.offset
     assert scale is not None and offset is not None
     q = _through(lambda v: quantize(v.astype(np.float16), scale, offset), h)
@@ -245,13 +257,48 @@ def _int32_product(q: Interval, product: Product) -> Interval:
     return _around(acc - wraps * 2.0**32, radius, known)
 
 
-def _activation(v: Interval, activation: str) -> Interval:
+def _activation(
+    v: Interval, activation: str, relative: float = ACTIVATION_ERROR, tiny: float = TINY
+) -> Interval:
     if activation in ("relu", "reglu"):
         return _through(lambda x: activate(x, "relu"), v)
     value = activate(v.middle, activation)
     # 2 * radius: how much more |act(x)| + |x| / 4 may be elsewhere in the interval.
-    error = ACTIVATION_ERROR * (np.abs(value) + np.abs(v.middle) / 4 + 2 * v.radius) + 4 * TINY
-    return _around(value, SLOPE[activation] * v.radius + error, v.known)
+    size = np.abs(value) + np.abs(v.middle) / 4 + 2 * v.radius
+    return _around(value, SLOPE[activation] * v.radius + relative * size + 4 * tiny, v.known)
+
+
+def _stepwise(v: Interval, activation: str) -> Interval:
+    """The activation of a float16 in float32, or in the contract's float16 steps."""
+    parts = [_activation(v, activation), _steps(v.low, activation), _steps(v.high, activation)]
+    # Between two neighbours there is no other float16. Where there is, the bound of any stepwise evaluation.
+    between = np.nextafter(v.low.astype(np.float16), np.float16(np.inf)) < v.high
+    coarse = _activation(v, activation, ACTIVATION_ERROR_16, TINY_16)
+    parts.append(Interval(*(np.where(between, c, p) for c, p in zip(coarse, parts[0], strict=True))))
+    low, high = (np.stack(ends) for ends in zip(*parts, strict=True))
+    return Interval(np.fmin.reduce(low), np.fmax.reduce(high))
+
+
+def _steps(x: Array, activation: str) -> Interval:
+    """The contract's float16 steps from x, with any exp that is within EXP_ERROR before it is rounded. Every
+    later step is monotone in each exp."""
+    x = x.astype(np.float16)
+    if activation == "relu":
+        return _point(activate(x, activation))
+
+    def exp(z: Array, error: float) -> Array:
+        return nearest_even(np.exp(z.astype(np.float64)) * (1 + error), np.float16)
+
+    one, zero = np.float16(1), np.float16(0)
+    ends = []
+    for error in (-EXP_ERROR, EXP_ERROR):
+        if activation == "gelu":
+            z = np.float16(1.5957691216057308) * (x + np.float16(0.044715) * (x * x * x))
+            ends.append(x / (one + exp(-np.abs(z), -error)) * exp(np.minimum(z, zero), error))
+        else:
+            z = np.float16(-1.702) * x if activation == "fastgelu" else -x
+            ends.append(x / (one + exp(z, error)))
+    return Interval(np.minimum(*ends).astype(np.float64), np.maximum(*ends).astype(np.float64))
 
 
 def _times(a: Interval, b: Interval) -> Interval:
