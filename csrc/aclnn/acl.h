@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The part of CANN's C ABI that we call (csrc/aclnn) and emulate (csrc/emulator), under the vendor's names: types,
- * constants and prototypes, and nothing else. Plain C, so a C program builds against it too. Where a header of CANN
- * is at hand, -DFFN_OPS_VENDOR_ACL takes the runtime's part from <acl/acl.h> instead; tests/npu/test_abi.py compiles
- * the emulator that way, so that the compiler compares every prototype with the vendor's. Values and meanings:
- * contract.md section g and the headers in the torch_npu wheel. */
+/* The part of CANN's C ABI that we call (csrc/aclnn) and emulate (csrc/emulator), under the vendor's names:
+ * types, constants and prototypes, and nothing else. Plain C, so a C program builds against it too. Where a
+ * header of CANN is at hand, -DFFN_OPS_VENDOR_ACL takes the runtime's part from <acl/acl.h> instead;
+ * tests/npu/test_abi.py compiles the emulator that way, so that the compiler compares every prototype with
+ * the vendor's. Values and meanings: contract.md section g and the headers in the torch_npu wheel. */
 #pragma once
 
 #include <stdbool.h>
@@ -113,21 +113,25 @@ typedef struct aclTensorList aclTensorList;
 typedef struct aclScalarList aclScalarList;
 typedef struct aclOpExecutor aclOpExecutor;
 
-/* Strides and offset are in elements; the storage shape may be one flat length; data is the storage's base. */
-aclTensor* aclCreateTensor(const int64_t* view_dims, uint64_t view_rank, aclDataType dtype, const int64_t* strides,
-                           int64_t offset, aclFormat format, const int64_t* storage_dims, uint64_t storage_rank,
-                           void* data);
+/* Strides and offset are in elements; the storage shape may be one flat length; data is the storage's base.
+ */
+aclTensor* aclCreateTensor(const int64_t* view_dims, uint64_t view_rank, aclDataType dtype,
+                           const int64_t* strides, int64_t offset, aclFormat format,
+                           const int64_t* storage_dims, uint64_t storage_rank, void* data);
 aclnnStatus aclDestroyTensor(const aclTensor* tensor);
 
 /* A repeatable executor survives phase 2 and must be destroyed; others end with it. */
 aclnnStatus aclSetAclOpExecutorRepeatable(aclOpExecutor* executor);
 aclnnStatus aclDestroyAclOpExecutor(aclOpExecutor* executor);
-aclnnStatus aclSetInputTensorAddr(aclOpExecutor* executor, const size_t index, aclTensor* tensor, void* address);
-aclnnStatus aclSetOutputTensorAddr(aclOpExecutor* executor, const size_t index, aclTensor* tensor, void* address);
+aclnnStatus aclSetInputTensorAddr(aclOpExecutor* executor, const size_t index, aclTensor* tensor,
+                                  void* address);
+aclnnStatus aclSetOutputTensorAddr(aclOpExecutor* executor, const size_t index, aclTensor* tensor,
+                                   void* address);
 
 aclnnStatus aclnnFFNV3GetWorkspaceSize(const aclTensor* x, const aclTensor* weight1, const aclTensor* weight2,
-                                       const aclTensor* expert_tokens, const aclTensor* bias1, const aclTensor* bias2,
-                                       const aclTensor* scale, const aclTensor* offset, const aclTensor* deq_scale1,
+                                       const aclTensor* expert_tokens, const aclTensor* bias1,
+                                       const aclTensor* bias2, const aclTensor* scale,
+                                       const aclTensor* offset, const aclTensor* deq_scale1,
                                        const aclTensor* deq_scale2, const aclTensor* antiquant_scale1,
                                        const aclTensor* antiquant_scale2, const aclTensor* antiquant_offset1,
                                        const aclTensor* antiquant_offset2, const char* activation,

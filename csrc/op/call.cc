@@ -5,8 +5,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/device.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 namespace ffn::op {
 namespace {
@@ -70,6 +72,21 @@ void UnpackInt4(contract::Spec& weight) {
   if (__builtin_mul_overflow(last, values, &last)) last = INT64_MAX;
 }
 
+// True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
+bool EveryElementHasItsOwnMemory(const Tensor& out) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    if (out.size(i) != 1) axes.emplace_back(out.stride(i), out.size(i));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return out.numel() == 0;
+    extent = stride * (size - 1) + extent;
+  }
+  return true;
+}
+
 std::string Join(const char* const* names, int count) {
   std::string text;
   for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::string(names[i]);
@@ -127,6 +144,22 @@ void CheckPlacement(const Arguments& arguments) {
                                " and every element must be there (allocate what was freed or resized)");
     }
   }
+}
+
+bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
+  if (!EveryElementHasItsOwnMemory(out)) {
+    throw std::runtime_error(
+        "out has several elements in one memory location, but each needs its own (pass out.clone())");
+  }
+  if (!out.is_contiguous()) return false;
+  const auto* written = static_cast<const char*>(out.const_data_ptr());
+  for (int i = 0; i < contract::kOutOperand; ++i) {
+    if (!arguments.operands[i]) continue;
+    const Tensor& input = *arguments.operands[i];
+    const auto* read = static_cast<const char*>(input.const_data_ptr());
+    if (written < read + ExtentBytes(input) && read < written + ExtentBytes(out)) return false;
+  }
+  return true;
 }
 
 contract::Target CurrentTarget() {

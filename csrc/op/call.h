@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // One call of torch.ops.ffn.ffn: its arguments, what the contract sees of them, and the current target.
-// library.cc collects the arguments and registers the kernels; ffn_cpu.cc runs a call on the CPU.
+// library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "contract/contract.h"
@@ -38,12 +39,29 @@ int64_t ExtentBytes(const Tensor& tensor);
 // Throws std::runtime_error unless every tensor is strided, on x's device, and inside its storage.
 void CheckPlacement(const Arguments& arguments);
 
+// True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed
+// beside it and copied, which is right for any overlap. Throws std::runtime_error when elements of out share
+// memory.
+bool CanWriteInto(const Tensor& out, const Arguments& arguments);
+
+// Torch's own failures come without their reason through the stable ABI, so name the one there is: memory.
+template <class F>
+Tensor Allocate(const char* what, int64_t elements, const F& allocate) {
+  try {
+    return allocate();
+  } catch (const std::runtime_error&) {
+    throw std::runtime_error(std::string(what) + " needs memory for " + std::to_string(elements) +
+                             " elements, but torch could not allocate it (split x, or free memory)");
+  }
+}
+
 // The target that calls of this thread are checked for: what ffn_ops_set_target last set here, else
 // FFN_OPS_TARGET, else cpu. Throws std::runtime_error when FFN_OPS_TARGET names no target.
 contract::Target CurrentTarget();
 
-// torch.ops.ffn.ffn and ffn.out on the CPU. Fills operands[kOutOperand] when it is given, and returns it or a
-// new y.
+// torch.ops.ffn.ffn and ffn.out on the CPU and on an NPU. They fill operands[kOutOperand] when it is given,
+// and return it or a new y.
 Tensor FfnCpu(const Arguments& arguments);
+Tensor FfnNpu(const Arguments& arguments);
 
 }  // namespace ffn::op

@@ -22,50 +22,10 @@ ScalarType ToTorch(cpu::DType y_dtype) {
                                            : ScalarType::BFloat16;
 }
 
-// True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
-bool EveryElementHasItsOwnMemory(const Tensor& out) {
-  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
-  for (int64_t i = 0; i < out.dim(); ++i) {
-    if (out.size(i) != 1) axes.emplace_back(out.stride(i), out.size(i));
-  }
-  std::sort(axes.begin(), axes.end());
-  int64_t extent = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride < extent) return out.numel() == 0;
-    extent = stride * (size - 1) + extent;
-  }
-  return true;
-}
-
-// True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed
-// beside it and copied, which is right for any overlap.
-bool CanWriteInto(const Tensor& out, const Arguments& arguments) {
-  if (!out.is_contiguous()) return false;
-  const auto* written = static_cast<const char*>(out.const_data_ptr());
-  for (int i = 0; i < contract::kOutOperand; ++i) {
-    if (!arguments.operands[i]) continue;
-    const Tensor& input = *arguments.operands[i];
-    const auto* read = static_cast<const char*>(input.const_data_ptr());
-    if (written < read + ExtentBytes(input) && read < written + ExtentBytes(out)) return false;
-  }
-  return true;
-}
-
 void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, i);
   });
-}
-
-// Torch's own failures come without their reason through the stable ABI, so name the one there is: memory.
-template <class F>
-Tensor Allocate(const char* what, int64_t elements, const F& allocate) {
-  try {
-    return allocate();
-  } catch (const std::runtime_error&) {
-    throw std::runtime_error(std::string(what) + " needs memory for " + std::to_string(elements) +
-                             " elements, but torch could not allocate it (split x, or free memory)");
-  }
 }
 
 // Dense tensors that a Problem points into; they live as long as the call.
@@ -136,10 +96,6 @@ Tensor FfnCpu(const Arguments& arguments) {
 
   const Tensor& x = arguments.operand(contract::kXOperand);
   const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
-  if (out && !EveryElementHasItsOwnMemory(*out)) {
-    throw std::runtime_error(
-        "out has several elements in one memory location, but each needs its own (pass out.clone())");
-  }
   const bool in_place = out && CanWriteInto(*out, arguments);
   Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] {
     return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1

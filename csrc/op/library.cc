@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Collects the boxed arguments. Out is empty for ffn.ffn, which returns y, and one Tensor for ffn.out, which
 // returns nothing (an aliased return would break opcheck and torch.compile).
-template <class... Out>
+template <Tensor (*Kernel)(const Arguments&), class... Out>
 std::conditional_t<sizeof...(Out) == 0, Tensor, void> Ffn(
     Tensor x, Tensor weight1, Tensor weight2, std::string activation, OptionalTensor expert_tokens,
     OptionalTensor bias1, OptionalTensor bias2, OptionalTensor scale, OptionalTensor offset,
@@ -43,9 +43,9 @@ std::conditional_t<sizeof...(Out) == 0, Tensor, void> Ffn(
       inner_precise,
       output_dtype};
   if constexpr (sizeof...(Out) == 0) {
-    return FfnCpu(arguments);
+    return Kernel(arguments);
   } else {
-    FfnCpu(arguments);
+    Kernel(arguments);
   }
 }
 
@@ -58,6 +58,11 @@ STABLE_TORCH_LIBRARY(ffn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ffn, CPU, m) {
-  m.impl("ffn", TORCH_BOX(&ffn::op::Ffn<>));
-  m.impl("ffn.out", TORCH_BOX(&ffn::op::Ffn<torch::stable::Tensor>));
+  m.impl("ffn", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu>)));
+  m.impl("ffn.out", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu, torch::stable::Tensor>)));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ffn, PrivateUse1, m) {
+  m.impl("ffn", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnNpu>)));
+  m.impl("ffn.out", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnNpu, torch::stable::Tensor>)));
 }

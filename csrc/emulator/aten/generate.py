@@ -66,7 +66,7 @@ def operator(name: str, parameters: list[tuple[str, str]], expression: str) -> s
     for kind, parameter in parameters:
         declared, taken, seen = TYPES[kind]
         words = {"name": parameter, "text": f'"{parameter}"', "count": f"{parameter}_count"}
-        signature.append(f"{declared} {parameter}")
+        signature.append(f"[[maybe_unused]] {declared} {parameter}")
         # A parameter that the expression does not mention is only part of the ABI.
         used = kind.startswith(("tensor", "out", "shrink")) or re.search(rf"\b{parameter}\b", expression)
         taken = taken.format(**words)
@@ -95,12 +95,10 @@ def operator(name: str, parameters: list[tuple[str, str]], expression: str) -> s
                  for i, (kind, output) in enumerate(outputs)]
     inner = "\n    ".join(body)
     outer = "\n  ".join(statements)
-    unused = "".join(f"  (void){parameter};\n" for kind, parameter in parameters if f"captured_{parameter} " not in outer
-                     and f", {parameter}" not in outer)
     return f"""
 EMULATOR_API int {name}GetWorkspaceSize({", ".join(signature)}, uint64_t* workspace_size, aclOpExecutor** executor) {{
   if (const int code = emulator_call(__func__)) return code;
-{unused}  emulator::Call call("{name}");
+  emulator::Call call("{name}");
   {outer}
   return call.Publish([{", ".join(captures)}]([[maybe_unused]] Reader read) {{
     {inner}
@@ -117,7 +115,7 @@ def main(table: str, *targets: str) -> None:
     operators = [parse(line) for line in lines(Path(table).read_text())]
     for i, target in enumerate(targets):
         share = operators[i :: len(targets)]
-        functions = sorted({f for _, _, expression in share for f in re.findall(r"\bat::([a-z]\w*)\(", expression)})
+        functions = sorted({f for _, _, expression in share for f in re.findall(r"\bat::([a-z_]\w*)\(", expression)})
         headers = "".join(f"#include <ATen/ops/{function}.h>\n" for function in functions)
         code = "".join(operator(*parsed) for parsed in share)
         Path(target).write_text(

@@ -221,7 +221,7 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
 
 aclError aclrtMemcpy(void* to, size_t capacity, const void* from, size_t size, aclrtMemcpyKind kind) {
   CALL();
-  Copy copy;
+  Copy copy{};
   if (const int status = Resolve(__func__, to, capacity, from, size, kind, &copy)) return status;
   std::memmove(copy.to, copy.from, copy.size);
   return 0;
@@ -230,7 +230,7 @@ aclError aclrtMemcpy(void* to, size_t capacity, const void* from, size_t size, a
 aclError aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t size, aclrtMemcpyKind kind,
                           aclrtStream stream) {
   CALL();
-  Copy copy;
+  Copy copy{};
   if (const int status = Resolve(__func__, to, capacity, from, size, kind, &copy)) return status;
   return emulator::Enqueue(
       stream,
@@ -244,7 +244,7 @@ aclError aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t si
 
 aclError aclrtMemset(void* to, size_t capacity, int32_t value, size_t size) {
   CALL();
-  Fill fill;
+  Fill fill{};
   if (const int status = ResolveFill(__func__, to, capacity, value, size, &fill)) return status;
   std::memset(fill.to, fill.value, fill.size);
   return 0;
@@ -252,7 +252,7 @@ aclError aclrtMemset(void* to, size_t capacity, int32_t value, size_t size) {
 
 aclError aclrtMemsetAsync(void* to, size_t capacity, int32_t value, size_t size, aclrtStream stream) {
   CALL();
-  Fill fill;
+  Fill fill{};
   if (const int status = ResolveFill(__func__, to, capacity, value, size, &fill)) return status;
   return emulator::Enqueue(
       stream,
