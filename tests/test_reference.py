@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import ACTIVATION_ERROR, SLOPE, assert_close, bound
+from tolerance import ACTIVATION_ERROR, EXP_ERROR, SLOPE, assert_close, bound
 
 import reference
 from reference.activation import FORMULAS, GLU, activate
@@ -24,6 +24,7 @@ from reference.rounding import ALL_32_BITS, Array, half_away, multiplier, neares
 
 F16, F32, BF16, I8, I4 = np.float16, np.float32, ml_dtypes.bfloat16, np.int8, ml_dtypes.int4
 steps = importlib.import_module("reference.ffn")  # the module; reference.ffn is its function
+formulas = importlib.import_module("reference.activation")
 
 
 def call(
@@ -389,14 +390,22 @@ def fused_in_blocks(x: Array, product: Product) -> Array:
 
 
 @contextlib.contextmanager
-def kernel(product: Callable[[Array, Product], Array]) -> Iterator[None]:
-    """Inside, reference.ffn sums in float32 with `product` and evaluates every activation in float32."""
+def kernel(product: Callable[[Array, Product], Array], exp_error: float | None = None) -> Iterator[None]:
+    """Inside, reference.ffn sums in float32 with `product`, and evaluates every activation in float32, or,
+    given an exp_error, in its own steps with an exp that is off by that."""
 
     def in_float32(x: Array, activation: str) -> Array:
         return activate(x.astype(F32), activation).astype(x.dtype)
 
-    with mock.patch.multiple(steps, accumulate=product, activate=in_float32):
-        yield
+    def exp(x: Array) -> Array:
+        return nearest_even(np.exp(x.astype(np.float64)) * (1 + exp_error), x.dtype)
+
+    if exp_error is None:
+        with mock.patch.multiple(steps, accumulate=product, activate=in_float32):
+            yield
+    else:
+        with mock.patch.object(steps, "accumulate", product), mock.patch.object(formulas, "_exp", exp):
+            yield
 
 
 @given(
@@ -423,8 +432,9 @@ def kernel(product: Callable[[Array, Product], Array]) -> Iterator[None]:
     ),
     groups=st.booleans(),
     special=st.sampled_from([None, np.inf, -np.inf, np.nan]),
+    exp_error=st.sampled_from([None, 0, EXP_ERROR, -EXP_ERROR]),
 )
-def test_any_float32_kernel_keeps_the_bound(
+def test_any_float32_or_stepwise_kernel_keeps_the_bound(
     product: Any,
     mode_and_activation: tuple[str, str],
     inner_precise: int,
@@ -432,6 +442,7 @@ def test_any_float32_kernel_keeps_the_bound(
     options: Any,
     groups: bool,
     special: Any,
+    exp_error: float | None,
 ) -> None:
     mode, activation = mode_and_activation
     if groups:
@@ -442,11 +453,12 @@ def test_any_float32_kernel_keeps_the_bound(
     drawn = random_call(mode, activation, **sizes, **options) | {"inner_precise": inner_precise}
     if special is not None and drawn["x"].dtype != I8:
         drawn["x"][0, options["seed"] % sizes["K"]] = special
-    with kernel(product):
+    stepwise = exp_error is not None
+    with kernel(product, exp_error):
         y = reference.ffn(**drawn)
-    assert_close(y, **drawn)
+    assert_close(y, **drawn, stepwise=stepwise)
     if drawn["x"].dtype == I8 and activation == "relu":
-        assert not bound(**drawn).any()
+        assert not bound(**drawn, stepwise=stepwise).any()
 
 
 @pytest.mark.parametrize("activation", list(SLOPE))
@@ -542,8 +554,9 @@ def test_a_mutant_breaks_the_bound(mutant: str) -> None:
     for product in (term_by_term, fused_in_blocks):  # the mistake is what breaks it
         with kernel(product):
             assert_close(reference.ffn(**drawn), **drawn)
-    with pytest.raises(AssertionError, match="cells are beyond theirs"):
-        assert_close(mutate(drawn), **drawn)
+    for stepwise in (False, True):
+        with pytest.raises(AssertionError, match="cells are beyond theirs"):
+            assert_close(mutate(drawn), **drawn, stepwise=stepwise)
 
 
 def test_assert_close_names_the_worst_cell() -> None:
