@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,7 +72,9 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
 
         load()
     if find_spec("torch_npu"):
-        import_module("torch_npu")
+        with warnings.catch_warnings():  # invalid escapes and the like: not the affair of who emulates CANN
+            warnings.simplefilter("ignore")
+            import_module("torch_npu")
 
 
 def library() -> ctypes.CDLL:
