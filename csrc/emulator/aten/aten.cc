@@ -151,7 +151,7 @@ int Call::Publish(std::function<void(Reader)> body, uint64_t* workspace_size, ac
 }
 
 void Assign(const at::Tensor& out, const at::Tensor& value) {
-  if (!out.defined()) return;
+  if (!out.defined() || !value.defined()) return;
   TORCH_CHECK(out.numel() == value.numel(), "the output has shape ", out.sizes(), ", but the result ", value.sizes());
   out.copy_(value.reshape(out.sizes()));
 }
@@ -162,6 +162,7 @@ void Assign(const Tensors& outs, const Tensors& values) {
 }
 
 void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& value) {
+  if (!value.defined()) return;
   TORCH_CHECK(value.numel() <= out.numel(), "the output has room for ", out.numel(), " elements, but the result has ",
               value.numel());
   if (value.numel() > 0) at::from_blob(out.data_ptr(), value.sizes(), out.options()).copy_(value);
@@ -173,7 +174,9 @@ void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& va
 
 c10::List<std::optional<at::Tensor>> Indices(const Tensors& list) {
   c10::List<std::optional<at::Tensor>> indices;
-  for (const at::Tensor& tensor : list) indices.push_back(tensor.defined() ? std::optional(tensor) : std::nullopt);
+  for (const at::Tensor& tensor : list) {
+    indices.push_back(tensor.defined() && tensor.numel() > 0 ? std::optional(tensor) : std::nullopt);
+  }
   return indices;
 }
 

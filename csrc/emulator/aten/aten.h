@@ -61,8 +61,8 @@ class Call {
   int code_ = 0;
 };
 
-// Writes a result to an output that may have another dtype or layout, but not another number of elements; an output
-// that the caller left out is skipped.
+// Writes a result to an output that may have another dtype or layout, but not another number of elements. Skips an
+// output that the caller left out, and a result that was not asked for (an undefined tensor).
 void Assign(const at::Tensor& out, const at::Tensor& value);
 void Assign(const Tensors& outs, const Tensors& values);
 
@@ -70,7 +70,8 @@ void Assign(const Tensors& outs, const Tensors& values);
 // tensor the value's shape, which callers read with aclGetViewShape once the stream has finished.
 void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& value);
 
-// Null entries of an index list stand for whole dimensions.
+// Null entries of an index list stand for whole dimensions, and so do empty ones: that is how torch_npu writes them
+// (where an index is really empty there is nothing to do, and it does not call).
 c10::List<std::optional<at::Tensor>> Indices(const Tensors& list);
 
 // The device's random operators get their state as numbers. Same numbers, same values; not the device's values.

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include <ATen/ops/_unique2.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/cat.h>
@@ -211,9 +212,7 @@ std::vector<std::pair<int64_t, int64_t>> GroupRows(const Grouped& call, int64_t 
 // Parameters per group come as one tensor for all groups, or as one tensor for each.
 at::Tensor OfGroup(const Tensors& list, size_t group) {
   if (list.empty() || !list[0].defined()) return {};
-  if (list.size() > 1 || group == 0) {
-    if (list.size() > 1) return list[group];
-  }
+  if (list.size() > 1) return list[group];
   return list[0].dim() >= 2 ? list[0][static_cast<int64_t>(group)] : list[0];
 }
 
@@ -264,7 +263,7 @@ std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call) {
   const bool stacked = call.weight.size() == 1 && call.weight[0].dim() == 3;
   const auto groups = static_cast<int64_t>(
       stacked ? static_cast<size_t>(call.weight[0].size(0)) : std::max(call.weight.size(), call.x.size()));
-  const bool ranged = call.group_list && call.group_list->numel() > 0 && call.x.size() == 1 && groups > 0;
+  const bool ranged = call.group_list && call.group_list->numel() > 0 && call.x.size() == 1;
   const auto weight = [&](size_t group) {
     return stacked ? call.weight[0][static_cast<int64_t>(group)] : call.weight[group];
   };
@@ -347,6 +346,11 @@ at::Tensor Scatter(const at::Tensor& self, int64_t dim, const at::Tensor& index,
                    int64_t reduce) {
   if (reduce == 0) return self.scatter(dim, index, source);
   return self.scatter(dim, index, source, reduce == 1 ? "add" : "multiply");
+}
+
+Three Unique(const at::Tensor& self, bool inverse, bool counts) {
+  const auto [values, to, times] = at::_unique2(self, /*sorted=*/true, inverse, counts);
+  return {values, inverse ? to : at::Tensor(), counts ? times : at::Tensor()};
 }
 
 std::array<bool, 3> Mask3(const std::vector<uint8_t>& mask) {

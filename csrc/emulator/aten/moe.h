@@ -50,6 +50,8 @@ at::Tensor Divide(const at::Tensor& self, const at::Tensor& other, int32_t mode)
 at::Tensor Divide(const at::Tensor& self, const at::Scalar& other, int32_t mode);
 at::Tensor Scatter(const at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Tensor& source,
                    int64_t reduce);  // 0 replaces, 1 adds, 2 multiplies
+// Sorted values, where each element went, and how often each value occurs; what is not asked for is left out.
+Three Unique(const at::Tensor& self, bool inverse, bool counts);
 std::array<bool, 3> Mask3(const std::vector<uint8_t>& mask);
 
 }  // namespace emulator::moe
