@@ -68,6 +68,12 @@ def target(name: str) -> Iterator[None]:
         _library.ffn_ops_set_target(before)
 
 
+def npu_target() -> str:
+    """The target of this machine's NPU; "ascend910b" where there is none to ask, as while tracing without it."""
+    index = _library.ffn_ops_npu_target()
+    return _TARGETS[index] if index >= 0 else "ascend910b"
+
+
 # The schema's optional tensors, in its order.
 _OPTIONAL = tuple(contract.OPERANDS)[3:-2]
 
@@ -105,7 +111,9 @@ def _check(
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)
     try:
-        return contract.resolve(specs, activation, inner_precise=inner_precise, target=current_target())
+        device = x.device.type  # "npu", where the device decides, also for fake tensors
+        wanted = npu_target() if device == "npu" else current_target()
+        return contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
     except ContractError as error:
         raise RuntimeError(str(error)) from None
 

@@ -227,3 +227,13 @@ Tensor FfnNpu(const Arguments& arguments) {
 }
 
 }  // namespace ffn::op
+
+// The target of this machine's NPU, by its position in the contract's TARGETS, for ffn_ops/op.py; -1 without
+// CANN, or with a SoC that the operator is not for.
+extern "C" __attribute__((visibility("default"))) int ffn_ops_npu_target() {
+  try {
+    return ffn::op::TargetOf(ffn::aclnn::GetLibrary().soc_name());
+  } catch (const std::runtime_error&) {
+    return -1;
+  }
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pybind11 module ffn_ops._native: the CPU kernels for NumPy, without torch, and what doctor asks about
-// them. The tests reach every instruction set through it (tests/native.py); the torch operator does not pass
+// The pybind11 module ffn_ops._native: the CPU kernels for NumPy and the two phases of aclnnFFNV3, without
+// torch, and what doctor asks about them. The tests reach every instruction set through it (tests/native.py); the torch operator does not pass
 // here (csrc/op).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/problem.h"
+#include "python/bind_aclnn.h"
 #include "python/bind_contract.h"
 
 namespace py = pybind11;
@@ -159,7 +160,7 @@ std::vector<std::pair<std::string, bool>> Isas() {
 }  // namespace ffn
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The CPU kernels for NumPy arrays, and facts about them.";
+  module.doc() = "The CPU kernels for NumPy arrays, the two phases of aclnnFFNV3, and facts about both.";
   module.def("ffn", &ffn::Ffn, py::kw_only(), py::arg("activation"), py::arg("tokens_index_flag") = false,
              py::arg("inner_precise") = py::none(), py::arg("isa") = py::none(), py::arg("threads") = 1,
              "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of "
@@ -169,4 +170,5 @@ PYBIND11_MODULE(_native, module) {
              "Instruction sets compiled in, best first: (name, whether this machine has it).");
   module.def("selected_isa", &ffn::cpu::SelectedIsa, "The instruction set that calls use.");
   ffn::BindContract(module);
+  ffn::BindAclnn(module);
 }
