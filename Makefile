@@ -6,14 +6,15 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-c
 CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
-ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py
+ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py \
+	$(wildcard tests/test_emulator_ffn.py)
 
-.PHONY: demo test test-all test-asan test-npu bench lint build clean
+.PHONY: demo test test-all test-asan test-npu npu-check bench lint build clean
 
 demo: build
 	.venv/bin/python -m ffn_ops demo
 
-test: build
+test: build test-npu
 	.venv/bin/python -m pytest -m "not slow"
 
 test-all: build test-asan test-npu
@@ -54,17 +55,22 @@ test-asan: build
 	.venv/bin/cmake --build build/asan
 	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
 	cp build/asan/*.so build/asan/package/ffn_ops/
+	cp build/asan/cann/*.so build/asan/package/ffn_ops/emulator/cann/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 
-# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch, unless its
-# autoload is off, and importing transformers' models. So far: the CPU path must be healthy beside it.
+# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and
+# transformers' models. Same Python, so it takes the compiled modules of .venv from the checkout.
 test-npu: build .venv-npu/ready
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-npu/bin/python -m ffn_ops doctor
+	.venv-npu/bin/python -m pytest --device npu
+
+# On a machine with an NPU and CANN: everything that only hardware can show (docs/ascend.md), into a report to send back.
+npu-check: build .venv-npu/ready
+	.venv-npu/bin/python -m ffn_ops npu-check
 
 .venv-npu/ready: constraints.txt
 	$(PYTHON) -m venv .venv-npu
-	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer
+	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer pytest hypothesis numpy ml_dtypes
 	@touch $@
 
 clean:

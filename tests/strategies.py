@@ -192,7 +192,11 @@ def calls(
         rows = [m for m in rows if m.scale]
     mode = draw(st.sampled_from(rows))
 
-    may_glu = mode.name in FLOAT_MODES if target == "cpu" else mode.name == "fp16" and target != "ascend310p"
+    may_glu = (
+        mode.name in FLOAT_MODES
+        if target == "cpu"
+        else mode.name == "fp16" and target != "ascend310p" and not experts
+    )
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
     name = draw(st.sampled_from(GLU if use_glu else ACTIVATIONS[:4]))
     may_experts = target == "cpu" or not (use_glu or target == "ascend310p")
