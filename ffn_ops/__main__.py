@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m ffn_ops {doctor,explain,demo}: the command line; the modules of those names do the work."""
+"""python -m ffn_ops {doctor,npu-check,explain,demo}: the command line; the modules so named do the work."""
 
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -14,18 +15,30 @@ app = typer.Typer(help="The fused feed-forward operator.", no_args_is_help=True,
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    npu: Annotated[bool, typer.Option("--npu", help="Expect an NPU: its path must be healthy too.")] = False,
+) -> None:
     """Say what is installed and what runs here; the exit code is 0 when the CPU path is healthy."""
     from ffn_ops.doctor import examine
 
-    facts, problems = examine()
+    facts, problems = examine(npu)
     for name, fact in facts.items():
         typer.echo(f"{name:18}{fact}")
     for problem in problems:
         typer.secho(problem, fg="red")
     if problems:
         raise typer.Exit(1)
-    typer.secho("The CPU path is healthy.", fg="green")
+    typer.secho(f"The CPU path {'and the NPU path are' if npu else 'is'} healthy.", fg="green")
+
+
+@app.command()
+def npu_check(
+    report: Annotated[Path, typer.Option(help="where to write what was found")] = Path("npu-report.json"),
+) -> None:
+    """On a machine with an NPU: show what only hardware can, and write a report to send back."""
+    from ffn_ops.npu_check import main
+
+    main(report)
 
 
 @app.command()

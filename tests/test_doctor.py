@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_an_instruction_set_that_does_not_exist_exits_1_with_a_sentence() -> Non
 
 
 def test_a_wrong_answer_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_computes", lambda: False)
+    monkeypatch.setattr(doctor, "_computes", lambda device: False)
     _, (problem,) = doctor.examine()
     assert "wrong answer" in problem
 
@@ -49,14 +50,40 @@ def test_another_torch_is_called_untested() -> None:
         assert doctor._describe_torch(other).startswith(f"{other} (untested")
 
 
-def test_cann_is_found_by_its_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cann_is_found_by_its_variables_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_load", lambda name: None)
     monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
     assert "not found" in doctor._cann()
     assert str(tmp_path) in doctor._cann()  # a missing library lists every path that was tried
     (tmp_path / "lib64").mkdir()
     (tmp_path / "lib64" / "libopapi.so").touch()
-    assert doctor._cann() == str(tmp_path)
+    assert doctor._cann() == f"unknown version in {tmp_path}"
+    info = tmp_path / "aarch64-linux" / "ascend_toolkit_install.info"
+    info.parent.mkdir()
+    info.write_text("package_name=Ascend-cann-toolkit\nversion=8.2.RC1\ninnerversion=V100R001\n")
+    assert doctor._cann() == f"8.2.RC1 in {tmp_path}"
+
+
+def test_a_library_beside_an_unsourced_cann_is_pointed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libhccl.so").touch()
+    sentences = {sentence.split()[0]: sentence for sentence in doctor._missing_libraries()}
+    assert f"(source {tmp_path}/set_env.sh)" in sentences["libhccl.so"]
+    assert "(install CANN" in sentences["libascendcl.so"]
+
+
+@pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch_npu is installed here")
+def test_without_torch_npu_an_expected_npu_is_a_problem_and_the_cpu_none() -> None:
+    result = run("-m", "ffn_ops", "doctor", "--npu")
+    assert result.returncode == 1
+    assert "torch_npu is not installed, but tensors reach an NPU through it (pip install" in result.stdout
+    assert run("-m", "ffn_ops", "doctor").returncode == 0
 
 
 def test_a_missing_typer_is_named() -> None:
