@@ -71,7 +71,7 @@ void Assign(const Tensors& outs, const Tensors& values);
 void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& value);
 
 // Null entries of an index list stand for whole dimensions, and so do empty ones: that is how torch_npu writes them
-// (where an index is really empty there is nothing to do, and it does not call).
+// (where an index is really empty, so is the result, and there is nothing to do).
 c10::List<std::optional<at::Tensor>> Indices(const Tensors& list);
 
 // The device's random operators get their state as numbers. Same numbers, same values; not the device's values.
