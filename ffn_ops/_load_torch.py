@@ -24,9 +24,14 @@ def _cann_loads() -> bool:
     return True
 
 
-if "torch" not in sys.modules and VARIABLE not in os.environ and find_spec("torch_npu") and not _cann_loads():
+if (
+    "torch" not in sys.modules
+    and os.environ.get(VARIABLE, "1") == "1"  # torch's default
+    and find_spec("torch_npu")
+    and not _cann_loads()
+):
     os.environ[VARIABLE] = "0"
     try:
         import_module("torch")
     finally:
-        del os.environ[VARIABLE]
+        os.environ[VARIABLE] = "1"
