@@ -93,5 +93,7 @@ def compile_all(compiler: str, folder: Path, library: Path) -> None:
 def run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if "error" in line.lower()] or [result.stderr.strip()]
+        lines = [line for line in result.stderr.splitlines() if "error" in line.lower()] or [
+            result.stderr.strip()
+        ]
         raise BuildError(f"the other operators could not be built ({command[0]}: {lines[0]})")

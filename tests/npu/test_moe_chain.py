@@ -60,7 +60,9 @@ def test_gating_top_k_softmax(leading: tuple[int, ...], with_finished: bool):
     x = normal(*leading, E)
     x[..., 3] = x[..., 1]  # ties keep the lower index
     finished = np.arange(int(np.prod(leading))).reshape(leading) % 3 == 0
-    y, expert_idx, row_idx = torch_npu.npu_moe_gating_top_k_softmax(npu(x), npu(finished) if with_finished else None, K)
+    y, expert_idx, row_idx = torch_npu.npu_moe_gating_top_k_softmax(
+        npu(x), npu(finished) if with_finished else None, K
+    )
     p = softmax(x)
     top = np.argsort(-p, axis=-1, kind="stable")[..., :K]
     close(y, np.take_along_axis(p, top, -1))
@@ -86,7 +88,9 @@ def test_gating_top_k_softmax_v2(renorm: int):
 def test_init_routing(active_num: int):
     x, expert_idx = normal(N, H), routed()
     row_idx = np.ascontiguousarray(np.arange(N * K, dtype=np.int32).reshape(K, N).T)
-    expanded_x, expanded_row_idx, experts = torch_npu.npu_moe_init_routing(npu(x), npu(row_idx), npu(expert_idx), active_num)
+    expanded_x, expanded_row_idx, experts = torch_npu.npu_moe_init_routing(
+        npu(x), npu(row_idx), npu(expert_idx), active_num
+    )
     rows = row_idx.ravel()[stable_order(expert_idx)]
     same(experts, np.sort(expert_idx.ravel()))
     same(expanded_x, x[rows % N][: min(N, active_num) * K])
@@ -96,7 +100,12 @@ def test_init_routing(active_num: int):
 
 
 def route_v3(x: np.ndarray, expert_idx: np.ndarray, **options: Any) -> tuple[torch.Tensor, ...]:
-    settings = {"expert_num": E, "active_expert_range": [0, E], "expert_tokens_num_flag": True, "active_num": N * K}
+    settings = {
+        "expert_num": E,
+        "active_expert_range": [0, E],
+        "expert_tokens_num_flag": True,
+        "active_num": N * K,
+    }
     return torch_npu.npu_moe_init_routing_v2(npu(x), npu(expert_idx), **(settings | options))
 
 
@@ -154,7 +163,10 @@ def test_init_routing_v3_quantises_each_row():
 
 
 def test_compute_expert_tokens():
-    same(torch_npu.npu_moe_compute_expert_tokens(npu(np.array([0, 0, 0, 1, 1, 2], np.int32)), 3), np.array([3, 5, 6]))
+    same(
+        torch_npu.npu_moe_compute_expert_tokens(npu(np.array([0, 0, 0, 1, 1, 2], np.int32)), 3),
+        np.array([3, 5, 6]),
+    )
     values = np.sort(routed().ravel()).astype(np.int32)
     tokens = torch_npu.npu_moe_compute_expert_tokens(npu(values), E)
     same(tokens, np.searchsorted(values, np.arange(E), side="right"))
@@ -208,7 +220,9 @@ def test_grouped_matmul(split_item: int, kind: int, stacked: bool):
 
 def test_grouped_matmul_of_lists():
     xs, weights = [normal(3, H), normal(5, H, seed=1)], [normal(H, 6, seed=2), normal(H, 6, seed=3)]
-    ys = torch_npu.npu_grouped_matmul([npu(x) for x in xs], [npu(w) for w in weights], split_item=0, group_type=-1)
+    ys = torch_npu.npu_grouped_matmul(
+        [npu(x) for x in xs], [npu(w) for w in weights], split_item=0, group_type=-1
+    )
     for y, x, w in zip(ys, xs, weights, strict=True):
         close(y, x @ w, terms=8 * H)
 
@@ -223,7 +237,11 @@ def test_grouped_matmul_quantised():
         [npu(x)], [npu(weight)], scale=[bf16], per_token_scale=[npu(per_token)], group_list=npu(np.cumsum(counts)),
         split_item=2, group_type=0, group_list_type=0, output_dtype=torch.bfloat16,
     )  # fmt: skip
-    exact = grouped_reference(x, weight, counts) * np.repeat(bf16.float().cpu().numpy(), counts, 0) * per_token[:, None]
+    exact = (
+        grouped_reference(x, weight, counts)
+        * np.repeat(bf16.float().cpu().numpy(), counts, 0)
+        * per_token[:, None]
+    )
     np.testing.assert_allclose(y.float().cpu().numpy(), exact, rtol=2.0**-8)  # one rounding to bfloat16
 
     half, shift = np.abs(normal(E, 6, seed=1)).astype(np.float16), normal(E, 6, seed=2).astype(np.float16)
@@ -235,7 +253,9 @@ def test_grouped_matmul_quantised():
     dequantised = (weight.astype(np.float64) + shift[:, None]) * half[:, None]
     expected = grouped_reference(rows, dequantised, counts)
     magnitude = grouped_reference(np.abs(rows), np.abs(dequantised), counts)
-    assert np.all(np.abs(y.cpu().numpy() - expected) <= 2.0**-11 * np.abs(expected) + 2 * H * EPS * magnitude + 2.0**-25)
+    assert np.all(
+        np.abs(y.cpu().numpy() - expected) <= 2.0**-11 * np.abs(expected) + 2 * H * EPS * magnitude + 2.0**-25
+    )
 
 
 def test_swiglu():
@@ -292,7 +312,13 @@ def test_a_chain_is_a_mixture_of_experts_layer(chain: str):
         cumulative, mode = False, 2
     if chain.endswith("ffn_ops"):
         out = ffn_ops.ffn(
-            rows, npu(w1), npu(w2), "relu", expert_tokens=tokens, tokens_index_flag=cumulative, inner_precise=1
+            rows,
+            npu(w1),
+            npu(w2),
+            "relu",
+            expert_tokens=tokens,
+            tokens_index_flag=cumulative,
+            inner_precise=1,
         )
     else:
         name = "expert_tokens_index" if cumulative else "expert_tokens"

@@ -99,8 +99,15 @@ torch.autograd.grad(F.embedding(k,x:=a.clone().requires_grad_()).sum(),x)[0]
 torch.autograd.grad(F.mse_loss((x:=a.clone().requires_grad_()).tanh().sigmoid().relu(),b),x)[0]
 a[k[:0]] ; i.double().sum().float()
 """
-RANDOM = ("a.normal_()", "torch.rand(9, device=dev)", "torch.randn(9, device=dev)", "a.uniform_()",
-          "torch.randint(0, 99, (9,), device=dev)", "torch.randperm(9, device=dev)", "torch.multinomial(p, 2)")
+RANDOM = (
+    "a.normal_()",
+    "torch.rand(9, device=dev)",
+    "torch.randn(9, device=dev)",
+    "a.uniform_()",
+    "torch.randint(0, 99, (9,), device=dev)",
+    "torch.randperm(9, device=dev)",
+    "torch.multinomial(p, 2)",
+)
 
 
 def tensors(device: str) -> dict[str, Any]:
@@ -165,7 +172,9 @@ def test_a_layer_trains():
     layers = {}
     for device in ("cpu", "npu"):
         torch.manual_seed(0)
-        layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3))
+        layer = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)
+        )
         x = torch.randn(5, 8)
         layer, x = layer.to(device), x.to(device)
         F.cross_entropy(layer(x), torch.tensor([0, 1, 2, 0, 1]).to(device)).backward()
@@ -189,7 +198,9 @@ def test_a_missing_operator_is_named_at_its_call():
         "try:\n    torch_npu.npu_moe_token_permute(x, torch.zeros(2, 1).int().npu())\n"
         "except RuntimeError as error:\n    print('raised', error)\nprint((x + 1).sum().item())"
     )
-    assert "raised aclnnMoeTokenPermute or aclnnMoeTokenPermuteGetWorkspaceSize not in" in done.stdout, done.stderr
+    assert "raised aclnnMoeTokenPermute or aclnnMoeTokenPermuteGetWorkspaceSize not in" in done.stdout, (
+        done.stderr
+    )
     assert done.stdout.endswith("8.0\n")
 
 
@@ -251,6 +262,6 @@ def test_a_failing_compiler_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fake.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(fake))
-    with pytest.raises(operators.BuildError, match="could not be built .*file.cc:1: error: no such thing"):
+    with pytest.raises(operators.BuildError, match=r"could not be built .*file.cc:1: error: no such thing"):
         operators.build()
     assert not list(tmp_path.rglob("*.so"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes operators.txt as C++: both phases of each operator, over aten.h. Run by ffn_ops/emulator/operators.py.
 
-    generate.py operators.txt first.cc second.cc ...  # the operators are dealt to the files, which build in parallel
+generate.py operators.txt first.cc second.cc ...  # the operators are dealt to the files, which build in parallel
 """
 
 import re
@@ -11,14 +11,37 @@ from pathlib import Path
 # type in the table: (parameter of phase 1, what it becomes in a lambda's capture, what its body sees)
 VALUE = "{name} = call.Value({text}, {name})"
 TYPES = {
-    "tensor": ("const aclTensor*", "call.Input({text}, {name}, false);", "const at::Tensor {name} = read.One();"),
+    "tensor": (
+        "const aclTensor*",
+        "call.Input({text}, {name}, false);",
+        "const at::Tensor {name} = read.One();",
+    ),
     "tensor?": ("const aclTensor*", "call.Input({text}, {name}, true);", "const auto {name} = read.Maybe();"),
-    "tensor[]": ("const aclTensorList*", "{count} = call.Input({text}, {name})", "const Tensors {name} = read.Many({count});"),
-    "out": ("const aclTensor*", "call.Output({text}, {name}, false);", "const at::Tensor {name} = read.One();"),
-    "out?": ("const aclTensor*", "call.Output({text}, {name}, true);", "const at::Tensor {name} = read.One();"),
-    "out[]": ("const aclTensorList*", "{count} = call.Output({text}, {name})", "const Tensors {name} = read.Many({count});"),
-    "shrink": ("const aclTensor*", "call.Output({text}, {name}, false); const aclTensor* const caller_{name} = {name};",
-               "const at::Tensor {name} = read.One();"),
+    "tensor[]": (
+        "const aclTensorList*",
+        "{count} = call.Input({text}, {name})",
+        "const Tensors {name} = read.Many({count});",
+    ),
+    "out": (
+        "const aclTensor*",
+        "call.Output({text}, {name}, false);",
+        "const at::Tensor {name} = read.One();",
+    ),
+    "out?": (
+        "const aclTensor*",
+        "call.Output({text}, {name}, true);",
+        "const at::Tensor {name} = read.One();",
+    ),
+    "out[]": (
+        "const aclTensorList*",
+        "{count} = call.Output({text}, {name})",
+        "const Tensors {name} = read.Many({count});",
+    ),
+    "shrink": (
+        "const aclTensor*",
+        "call.Output({text}, {name}, false); const aclTensor* const caller_{name} = {name};",
+        "const at::Tensor {name} = read.One();",
+    ),
     "scalar": ("const aclScalar*", VALUE, ""),
     "scalar?": ("const aclScalar*", "{name} = call.Maybe({name})", ""),
     "ints": ("const aclIntArray*", VALUE, ""),
@@ -91,8 +114,10 @@ def operator(name: str, parameters: list[tuple[str, str]], expression: str) -> s
         body.append(store.get(kind, "Assign({0}, {1});").format(output, expression))
     else:
         body.append(f"const auto results = {expression};")
-        body += [store.get(kind, "Assign({0}, {1});").format(output, f"std::get<{i}>(results)")
-                 for i, (kind, output) in enumerate(outputs)]
+        body += [
+            store.get(kind, "Assign({0}, {1});").format(output, f"std::get<{i}>(results)")
+            for i, (kind, output) in enumerate(outputs)
+        ]
     inner = "\n    ".join(body)
     outer = "\n  ".join(statements)
     return f"""
@@ -115,7 +140,9 @@ def main(table: str, *targets: str) -> None:
     operators = [parse(line) for line in lines(Path(table).read_text())]
     for i, target in enumerate(targets):
         share = operators[i :: len(targets)]
-        functions = sorted({f for _, _, expression in share for f in re.findall(r"\bat::([a-z_]\w*)\(", expression)})
+        functions = sorted(
+            {f for _, _, expression in share for f in re.findall(r"\bat::([a-z_]\w*)\(", expression)}
+        )
         headers = "".join(f"#include <ATen/ops/{function}.h>\n" for function in functions)
         code = "".join(operator(*parsed) for parsed in share)
         Path(target).write_text(
