@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""aclnnFFNV3 of the emulator (csrc/emulator/opapi) over ctypes, without torch_npu: it accepts what the contract's
+"""aclnnFFNV3 of the emulator over ctypes, without torch_npu: it accepts what the contract's
 route "fused" accepts, and computes what the reference does. Calls come from strategies.py."""
 
 import contextlib
@@ -10,13 +10,13 @@ from importlib.util import find_spec
 import ml_dtypes
 import numpy as np
 import pytest
+import tolerance
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategies import Call, any_calls, calls, numpy_dtype
 
 import ffn_ops.emulator
-import tolerance
 from ffn_ops.contract import DTYPES, Spec
-from strategies import Call, any_calls, calls, numpy_dtype
 
 if find_spec("torch_npu"):
     pytest.skip("torch_npu brings the emulator up for itself (tests/npu)", allow_module_level=True)
@@ -32,7 +32,7 @@ BEFORE = (
 SOC = {"ascend910b": b"Ascend910B1", "ascend310p": b"Ascend310P3"}
 NULL, INVALID, TILING, INNER = 161001, 161002, 561103, 561000
 ND = 2
-TILING_RULES = {"inner_precise", "experts"}
+TILING_RULES = {"inner_precise", "E-limit"}
 
 ffn_ops.emulator.enable(operators=False)
 RUNTIME, OBJECTS, OPERATORS = (
