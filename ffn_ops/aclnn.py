@@ -49,9 +49,9 @@ def prepare(
     """Phase 1: aclnnFFNV3GetWorkspaceSize for these tensors.
 
     `optional` are the operator's other tensors by name. All must be contiguous and on one NPU, and must live,
-    in this memory, until the stream has run the call; `out` has x's shape. Rows that no expert owns keep their
-    bytes. Raises ContractError for a call that the device's contract forbids, RuntimeError with the vendor's
-    status for one that the vendor refuses.
+    in this memory, until the stream has run the call; `out` has x's shape. Rows that no expert owns keep
+    their bytes. Raises ContractError for a call that the device's contract forbids, RuntimeError with the
+    vendor's status for one that the vendor refuses.
     """
     given = {"x": x, "weight1": weight1, "weight2": weight2, **optional, "out": out}
     unknown = [name for name in given if name not in _NAMES]
@@ -90,9 +90,10 @@ class Prepared:
         self.workspace_size: int = native.workspace_size
 
     def run(self, workspace: Tensor | None = None) -> None:
-        """Phase 2 on the current stream. `workspace` has at least workspace_size bytes, on the same device, until
-        the stream has run the call; without it, torch's allocator gives one. Raises RuntimeError when the call
-        has ended, when the workspace is short or elsewhere, and when a tensor was freed or resized."""
+        """Phase 2 on the current stream. `workspace` has at least workspace_size bytes, on the same device,
+        until the stream has run the call; without it, torch's allocator gives one. Raises RuntimeError when
+        the call has ended, when the workspace is short or elsewhere, and when a tensor was freed or
+        resized."""
         native = self._live()
         for name, memory in self._memory.items():
             if not memory.unchanged():
@@ -143,7 +144,8 @@ class Prepared:
             self._memory[name] = _Memory(tensor)
 
     def destroy(self) -> None:
-        """Frees the vendor's executor; the call can no longer run. Ends a one-shot call that never ran, too."""
+        """Frees the vendor's executor; the call can no longer run. Ends a one-shot call that never ran,
+        too."""
         self._live()
         self._native = None
 
@@ -190,7 +192,9 @@ def _check_memory(name: str, tensor: Tensor, device: torch.device) -> None:
             f"(move it with {name}.to(x.device))"
         )
     if not tensor.is_contiguous():
-        raise ContractError(f"{name} is not contiguous, but its memory is used as it is (pass {name}.contiguous())")
+        raise ContractError(
+            f"{name} is not contiguous, but its memory is used as it is (pass {name}.contiguous())"
+        )
 
 
 def _describe(name: str, tensor: Tensor) -> tuple[int, list[int], int, int, int]:
@@ -199,5 +203,5 @@ def _describe(name: str, tensor: Tensor) -> tuple[int, list[int], int, int, int]
     shape[-1] *= values
     storage = tensor.untyped_storage()
     dtype = _INT4 if values > 1 else _ACL[tensor.dtype]
-    elements = storage.nbytes() // tensor.element_size() * values
-    return dtype, shape, tensor.storage_offset() * values, elements, storage.data_ptr()
+    elements = int(storage.nbytes()) // tensor.element_size() * values
+    return dtype, shape, int(tensor.storage_offset()) * values, elements, storage.data_ptr()

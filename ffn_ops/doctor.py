@@ -168,8 +168,8 @@ def _examine_npu() -> tuple[dict[str, str], list[str]]:
         return facts, []
     stopped = next(step for step in STEPS if step not in facts)
     if error is None:
-        code = run.returncode
-        error = f"the process died of {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        died = run.returncode
+        error = f"the process died of {signal.Signals(-died).name}" if died < 0 else f"exit code {died}"
     return facts, [f"the NPU path fails at its step '{stopped}': {error}", *_missing_libraries()]
 
 

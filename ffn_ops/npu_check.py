@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,10 @@ def no_synchronisation(emulated: bool) -> dict[str, Any]:
     return {"ok": running, "returned after s": returned, "finished after s": finished}
 
 
+def _unfused(x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
+    return torch.mm(torch.relu(torch.mm(x, weight1)), weight2)
+
+
 def times(emulated: bool) -> dict[str, Any]:
     """Facts: median seconds of the fused call, torch_npu's npu_ffn, and the three operators it replaces."""
     import torch_npu
@@ -162,9 +167,9 @@ def times(emulated: bool) -> dict[str, Any]:
     for M, K, N in sizes:
         x, w1, w2 = (torch.ones(*shape).half().npu() / K for shape in ((M, K), (K, N), (N, K)))
         calls: dict[str, Callable[[], Tensor]] = {
-            "ffn": lambda x=x, w1=w1, w2=w2: torch.ops.ffn.ffn(x, w1, w2, "relu"),
-            "npu_ffn": lambda x=x, w1=w1, w2=w2: torch_npu.npu_ffn(x, w1, w2, "relu"),
-            "unfused": lambda x=x, w1=w1, w2=w2: torch.mm(torch.relu(torch.mm(x, w1)), w2),
+            "ffn": partial(torch.ops.ffn.ffn, x, w1, w2, "relu"),
+            "npu_ffn": partial(torch_npu.npu_ffn, x, w1, w2, "relu"),
+            "unfused": partial(_unfused, x, w1, w2),
         }
         results[f"M={M} K={K} N={N}"] = {name: _median(function) for name, function in calls.items()}
     return {"ok": True, "seconds": results}

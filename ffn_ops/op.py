@@ -69,7 +69,8 @@ def target(name: str) -> Iterator[None]:
 
 
 def npu_target() -> str:
-    """The target of this machine's NPU; "ascend910b" where there is none to ask, as while tracing without it."""
+    """The target of this machine's NPU; "ascend910b" where there is none to ask, as while tracing without
+    it."""
     index = _library.ffn_ops_npu_target()
     return _TARGETS[index] if index >= 0 else "ascend910b"
 
@@ -241,7 +242,8 @@ def ffn(
     except RuntimeError:
         from ffn_ops.explain import explain  # only on the way to an error
 
-        explanation = explain(x, weight1, weight2, activation, *optional, **options, out=out)
+        where = npu_target() if x.device.type == "npu" else None
+        explanation = explain(x, weight1, weight2, activation, *optional, **options, out=out, target=where)
         if explanation.ok:
             raise
         raise ContractError(explanation.violations[0].text) from None

@@ -26,8 +26,8 @@ ACL = dict(
     float64=11, bool=12, complex64=16, complex128=17, bfloat16=27, int4=29,
 )  # fmt: skip
 BEFORE = (
-    "x", "weight1", "weight2", "expert_tokens", "bias1", "bias2", "scale", "offset", "deq_scale1", "deq_scale2",
-    "antiquant_scale1", "antiquant_scale2", "antiquant_offset1", "antiquant_offset2",
+    "x", "weight1", "weight2", "expert_tokens", "bias1", "bias2", "scale", "offset", "deq_scale1",
+    "deq_scale2", "antiquant_scale1", "antiquant_scale2", "antiquant_offset1", "antiquant_offset2",
 )  # fmt: skip
 SOC = {"ascend910b": b"Ascend910B1", "ascend310p": b"Ascend310P3"}
 NULL, INVALID, TILING, INNER = 161001, 161002, 561103, 561000
@@ -164,9 +164,7 @@ def test_computes_what_the_reference_does(call: Call, seed: int) -> None:
     tolerance.assert_close(y, **arrays, activation=call.activation, stepwise=True, **options)
 
 
-SMALL = Call(
-    {name: Spec("float16", (2, 2)) for name in ("x", "weight1", "weight2")}, "relu", 1, "ascend910b"
-)
+SMALL = Call({name: Spec("float16", (2, 2)) for name in ("x", "weight1", "weight2")}, "relu", 1, "ascend910b")
 
 
 def test_repeatable_executors_and_new_addresses() -> None:
@@ -189,7 +187,9 @@ def test_repeatable_executors_and_new_addresses() -> None:
 
 def test_misuse_is_refused() -> None:
     with device() as d:
-        tensors = {name: d.tensor(spec, d.put(np.eye(2, dtype=np.float16))) for name, spec in SMALL.specs.items()}
+        tensors = {
+            name: d.tensor(spec, d.put(np.eye(2, dtype=np.float16))) for name, spec in SMALL.specs.items()
+        }
         out = d.tensor(SMALL.specs["x"], d.memory(8))
         assert d.phase1(SMALL, {**tensors, "x": None}, out)[0] == NULL
         status, size, executor = d.phase1(SMALL, tensors, out)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pybind11 module ffn_ops._native: the CPU kernels for NumPy and the two phases of aclnnFFNV3, without
-// torch, and what doctor asks about them. The tests reach every instruction set through it (tests/native.py); the torch operator does not pass
-// here (csrc/op).
+// torch, and what doctor asks about them. The tests reach every instruction set through it (tests/native.py);
+// the torch operator does not pass here (csrc/op).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -46,8 +46,8 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
     if _enabled is not None:
         if _enabled != (soc, devices, operators):
             raise RuntimeError(
-                f"the emulator is enabled with soc, devices, operators = {_enabled}, but a process has one set of "
-                "devices (start another process for others)"
+                f"the emulator is enabled with soc, devices, operators = {_enabled}, but a process has one "
+                "set of devices (start another process for others)"
             )
         return
     if "torch_npu" in sys.modules:
@@ -65,7 +65,8 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
     _runtime = loaded[0]
     _runtime.emulator_configure(soc.encode(), devices)
     _enabled = (soc, devices, operators)
-    # A missing operator raises at its call, instead of failing later in a queue (its other modes look for aclop).
+    # A missing operator raises at its call, instead of failing later in a queue (its other modes look for
+    # aclop).
     os.environ.setdefault("ACL_OP_INIT_MODE", "2")
     if operators:
         from ffn_ops.emulator.operators import load
@@ -129,7 +130,8 @@ class Failure:
 
 @contextlib.contextmanager
 def fail_at(k: int, pattern: str = "*") -> Iterator[Failure]:
-    """Within the block, the k-th ABI call (from 1) whose name matches the shell pattern fails with a status."""
+    """Within the block, the k-th ABI call (from 1) whose name matches the shell pattern fails with a
+    status."""
     if k < 1:
         raise ValueError(f"k is {k}, but calls are counted from 1 (pass 1 or more)")
     library().emulator_fail_at(ctypes.c_long(k), pattern.encode())

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator's operators beside FFN (csrc/emulator/aten/operators.txt): built once for each torch, then loaded.
+"""The emulator's operators beside FFN (csrc/emulator/aten/operators.txt): built once for each torch, then
+loaded.
 
-They run as ATen on CPU, which ties them to the C++ ABI of one torch, so they are compiled where torch is installed,
-on first use, and kept in the user's cache directory under torch's version and a hash of everything they are made of.
+They run as ATen on CPU, which ties them to the C++ ABI of one torch, so they are compiled where torch is
+installed, on first use, and kept in the user's cache directory under torch's version and a hash of
+everything they are made of.
 """
 
 import ctypes
@@ -20,7 +22,8 @@ import torch
 
 SOURCES = Path(__file__).with_name("csrc")
 ATEN = SOURCES / "emulator" / "aten"
-# C++20 for torch's headers. -O0: the operators' work is in libtorch, and this builds in a third of -O2's time.
+# C++20 for torch's headers. -O0: the operators' work is in libtorch, and this builds in a third of -O2's
+# time.
 FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]
 # torch_npu asks libopapi.so first and libraries of older CANNs last, all by name: the first of those is free.
 SONAME = "libaclnn_ops_infer.so"
@@ -32,8 +35,8 @@ class BuildError(Exception):
 
 
 def load() -> None:
-    """Makes the operators known to torch_npu, which must not be loaded yet. Where they cannot be built, says so on
-    stderr and leaves the FFN operators alone to work."""
+    """Makes the operators known to torch_npu, which must not be loaded yet. Where they cannot be built,
+    says so on stderr and leaves the FFN operators alone to work."""
     try:
         library = build()
     except BuildError as error:

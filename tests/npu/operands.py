@@ -17,6 +17,6 @@ def on_cpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within a few float16 steps: enough to see that the right tensors were used. Numbers are held to a derived
-    bound in test_op.py."""
+    """Within a few float16 steps: enough to see that the right tensors were used. Numbers are held to a
+    derived bound in test_op.py."""
     return torch.allclose(y.cpu().float(), expected.float(), rtol=2**-8, atol=2**-8)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a program in a process of its own: environment variables are read once, and after an error in torch_npu's
-queue a process is of no more use."""
+"""Runs a program in a process of its own: environment variables are read once, and after an error in
+torch_npu's queue a process is of no more use."""
 
 import os
 import subprocess

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixture-of-experts operators around FFN, through torch_npu, against what they are described to do, in NumPy.
+"""The mixture-of-experts operators around FFN, through torch_npu, against what they are described to do, in
+NumPy.
 
-Row order numbers choice j of token i as i * K + j, column order as j * N + i; chain A is in column order, chain B in
-row order.
+Row order numbers choice j of token i as i * K + j, column order as j * N + i; chain A is in column order,
+chain B in row order.
 """
 
 from typing import Any
@@ -234,8 +235,9 @@ def test_grouped_matmul_quantised():
     scale, per_token = np.abs(normal(E, 6)), np.abs(normal(N))
     bf16 = npu(scale).bfloat16()
     (y,) = torch_npu.npu_grouped_matmul(
-        [npu(x)], [npu(weight)], scale=[bf16], per_token_scale=[npu(per_token)], group_list=npu(np.cumsum(counts)),
-        split_item=2, group_type=0, group_list_type=0, output_dtype=torch.bfloat16,
+        [npu(x)], [npu(weight)], scale=[bf16], per_token_scale=[npu(per_token)],
+        group_list=npu(np.cumsum(counts)), split_item=2, group_type=0, group_list_type=0,
+        output_dtype=torch.bfloat16,
     )  # fmt: skip
     exact = (
         grouped_reference(x, weight, counts)
@@ -326,5 +328,6 @@ def test_a_chain_is_a_mixture_of_experts_layer(chain: str):
     result = torch_npu.npu_moe_finalize_routing(out, None, None, None, y.half(), row_idx, expert_idx, mode)
 
     expected = layer_reference(x16, gate, w1.astype(np.float64), w2.astype(np.float64))
-    # float16 rounds rows, hidden values, results, weights and sums: a handful of half-ulps of the largest value.
+    # float16 rounds rows, hidden values, results, weights and sums: a handful of half-ulps of the largest
+    # value.
     assert np.abs(result.float().cpu().numpy() - expected).max() <= 16 * 2.0**-11 * np.abs(expected).max()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulator's operators beside FFN: ordinary tensor code gives on npu what it gives on CPU.
 
-Both sides run ATen on CPU, so results differ only where torch_npu takes another way to the same value: a few roundings
-of float32. What this tests is everything between: each operator's parameters, dtypes, layouts, and empty tensors.
+Both sides run ATen on CPU, so results differ only where torch_npu takes another way to the same value: a
+few roundings of float32. What this tests is everything between: each operator's parameters, dtypes,
+layouts, and empty tensors.
 """
 
 import os

@@ -139,7 +139,9 @@ def test_addresses_are_of_what_was_prepared(tensors: dict[str, torch.Tensor]):
     with aclnn.prepare(**tensors, activation="gelu", out=y_like(tensors["x"]), repeatable=True) as call:
         with pytest.raises(RuntimeError, match=r"^bias1 was not part of the call"):
             call.set_addresses(bias1=tensors["x"])
-        with pytest.raises(RuntimeError, match=r"^x is torch.float16 \[5, 16\], but the call was prepared for"):
+        with pytest.raises(
+            RuntimeError, match=r"^x is torch.float16 \[5, 16\], but the call was prepared for"
+        ):
             call.set_addresses(x=tensors["x"][:5])
 
 

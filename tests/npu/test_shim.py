@@ -142,10 +142,11 @@ def test_the_contract_speaks_before_the_vendor():
 
 def test_fake_tensors_and_explain_follow_the_device():
     with FakeTensorMode():
-        x, weight1, weight2 = (torch.empty(size, dtype=torch.float16, device="npu") for size in ((4, 8), (8, 16), (16, 8)))
+        sizes = ((4, 8), (8, 16), (16, 8))
+        x, weight1, weight2 = (torch.empty(size, dtype=torch.float16, device="npu") for size in sizes)
         y = op(x, weight1, weight2, "gelu")
         assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
-        with pytest.raises(RuntimeError, match="mode float32 runs on the cpu target only"):  # legal on the CPU only
+        with pytest.raises(RuntimeError, match="mode float32 runs on the cpu target only"):
             op(x.float(), weight1.float(), weight2.float(), "gelu")
 
 
@@ -172,7 +173,8 @@ def test_compile_with_aot_eager(dynamic: bool):
 def test_check_tokens_reads_and_refuses_them():
     program = (
         "x, weight1, weight2 = operands()\n"
-        "op(x, weight1, weight2, 'gelu', torch.tensor([2, 0, 3]).npu()); torch.npu.synchronize(); print('ran')"
+        "op(x, weight1, weight2, 'gelu', torch.tensor([2, 0, 3]).npu())\n"
+        "torch.npu.synchronize(); print('ran')"
     )
     assert "ran" in run(program).stdout
     refused = run(program, FFN_OPS_CHECK_TOKENS="1")
@@ -186,7 +188,7 @@ def test_check_tokens_reads_and_refuses_them():
     [("Ascend310P3", "ascend310p"), ("Ascend950PR_9599", "x is on Ascend950PR_9599, but aclnnFFNV3 is for")],
 )
 def test_the_soc_decides_what_is_legal(soc: str, sentence: str):
-    program = "x, weight1, weight2 = operands()\nop(x, weight1, weight2, 'gelu', torch.tensor([2, 0, 4]).npu())"
+    program = "x, w1, w2 = operands()\nop(x, w1, w2, 'gelu', torch.tensor([2, 0, 4]).npu())"
     assert sentence in run(program, soc=soc).stderr
 
 

@@ -14,22 +14,38 @@ constexpr int kNull = 161001, kInvalid = 161002, kInner = 561000;
 
 std::optional<at::ScalarType> ScalarTypeOf(aclDataType dtype) {
   switch (dtype) {
-    case ACL_FLOAT: return at::kFloat;
-    case ACL_FLOAT16: return at::kHalf;
-    case ACL_BF16: return at::kBFloat16;
-    case ACL_DOUBLE: return at::kDouble;
-    case ACL_INT8: return at::kChar;
-    case ACL_INT16: return at::kShort;
-    case ACL_INT32: return at::kInt;
-    case ACL_INT64: return at::kLong;
-    case ACL_UINT8: return at::kByte;
-    case ACL_UINT16: return at::kUInt16;
-    case ACL_UINT32: return at::kUInt32;
-    case ACL_UINT64: return at::kUInt64;
-    case ACL_BOOL: return at::kBool;
-    case ACL_COMPLEX64: return at::kComplexFloat;
-    case ACL_COMPLEX128: return at::kComplexDouble;
-    default: return std::nullopt;
+    case ACL_FLOAT:
+      return at::kFloat;
+    case ACL_FLOAT16:
+      return at::kHalf;
+    case ACL_BF16:
+      return at::kBFloat16;
+    case ACL_DOUBLE:
+      return at::kDouble;
+    case ACL_INT8:
+      return at::kChar;
+    case ACL_INT16:
+      return at::kShort;
+    case ACL_INT32:
+      return at::kInt;
+    case ACL_INT64:
+      return at::kLong;
+    case ACL_UINT8:
+      return at::kByte;
+    case ACL_UINT16:
+      return at::kUInt16;
+    case ACL_UINT32:
+      return at::kUInt32;
+    case ACL_UINT64:
+      return at::kUInt64;
+    case ACL_BOOL:
+      return at::kBool;
+    case ACL_COMPLEX64:
+      return at::kComplexFloat;
+    case ACL_COMPLEX128:
+      return at::kComplexDouble;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -66,7 +82,8 @@ void Call::Input(const char* parameter, const aclTensor* tensor, bool optional) 
   if (code_ != 0) return;
   if (tensor != nullptr) {
     code_ = CheckTensor(made_.name.c_str(), parameter, *tensor);
-    if (!ScalarTypeOf(tensor->dtype)) Fail(parameter, "has a dtype that the emulator's operators do not know");
+    if (!ScalarTypeOf(tensor->dtype))
+      Fail(parameter, "has a dtype that the emulator's operators do not know");
   } else if (!optional) {
     code_ = emulator_error(kNull, "%s: %s is null", made_.name.c_str(), parameter);
   }
@@ -95,17 +112,29 @@ at::Scalar Call::Value(const char* parameter, const aclScalar* scalar) {
     return 0;
   }
   switch (scalar->dtype) {
-    case ACL_FLOAT: return *reinterpret_cast<const float*>(scalar->value);
-    case ACL_DOUBLE: return *reinterpret_cast<const double*>(scalar->value);
-    case ACL_FLOAT16: return static_cast<float>(*reinterpret_cast<const at::Half*>(scalar->value));
-    case ACL_BF16: return static_cast<float>(*reinterpret_cast<const at::BFloat16*>(scalar->value));
-    case ACL_INT8: return *reinterpret_cast<const int8_t*>(scalar->value);
-    case ACL_UINT8: return *reinterpret_cast<const uint8_t*>(scalar->value);
-    case ACL_INT16: return *reinterpret_cast<const int16_t*>(scalar->value);
-    case ACL_INT32: return *reinterpret_cast<const int32_t*>(scalar->value);
-    case ACL_INT64: return *reinterpret_cast<const int64_t*>(scalar->value);
-    case ACL_BOOL: return *reinterpret_cast<const bool*>(scalar->value);
-    default: Fail(parameter, "has a dtype that the emulator's operators do not know"); return 0;
+    case ACL_FLOAT:
+      return *reinterpret_cast<const float*>(scalar->value);
+    case ACL_DOUBLE:
+      return *reinterpret_cast<const double*>(scalar->value);
+    case ACL_FLOAT16:
+      return static_cast<float>(*reinterpret_cast<const at::Half*>(scalar->value));
+    case ACL_BF16:
+      return static_cast<float>(*reinterpret_cast<const at::BFloat16*>(scalar->value));
+    case ACL_INT8:
+      return *reinterpret_cast<const int8_t*>(scalar->value);
+    case ACL_UINT8:
+      return *reinterpret_cast<const uint8_t*>(scalar->value);
+    case ACL_INT16:
+      return *reinterpret_cast<const int16_t*>(scalar->value);
+    case ACL_INT32:
+      return *reinterpret_cast<const int32_t*>(scalar->value);
+    case ACL_INT64:
+      return *reinterpret_cast<const int64_t*>(scalar->value);
+    case ACL_BOOL:
+      return *reinterpret_cast<const bool*>(scalar->value);
+    default:
+      Fail(parameter, "has a dtype that the emulator's operators do not know");
+      return 0;
   }
 }
 
@@ -152,7 +181,8 @@ int Call::Publish(std::function<void(Reader)> body, uint64_t* workspace_size, ac
 
 void Assign(const at::Tensor& out, const at::Tensor& value) {
   if (!out.defined() || !value.defined()) return;
-  TORCH_CHECK(out.numel() == value.numel(), "the output has shape ", out.sizes(), ", but the result ", value.sizes());
+  TORCH_CHECK(out.numel() == value.numel(), "the output has shape ", out.sizes(), ", but the result ",
+              value.sizes());
   out.copy_(value.reshape(out.sizes()));
 }
 
@@ -163,8 +193,8 @@ void Assign(const Tensors& outs, const Tensors& values) {
 
 void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& value) {
   if (!value.defined()) return;
-  TORCH_CHECK(value.numel() <= out.numel(), "the output has room for ", out.numel(), " elements, but the result has ",
-              value.numel());
+  TORCH_CHECK(value.numel() <= out.numel(), "the output has room for ", out.numel(),
+              " elements, but the result has ", value.numel());
   if (value.numel() > 0) at::from_blob(out.data_ptr(), value.sizes(), out.options()).copy_(value);
   if (!IsLiveTensor(caller)) return;
   auto* tensor = const_cast<aclTensor*>(caller);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// See moe.h. The order of rows: "row order" numbers choice j of token i as i * K + j, "column order" as j * N + i.
+// See moe.h. The order of rows: "row order" numbers choice j of token i as i * K + j, "column order" as j * N
+// + i.
 #include "emulator/aten/moe.h"
-
-#include <limits>
 
 #include <ATen/ops/_unique2.h>
 #include <ATen/ops/arange.h>
@@ -21,6 +20,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <limits>
 
 namespace emulator::moe {
 namespace {
@@ -55,7 +56,8 @@ Three GatingTopKSoftmax(const at::Tensor& x, const Maybe& finished, int64_t k) {
   return {y, ExpertIdx(indices, x, finished), row_idx};
 }
 
-Three GatingTopKSoftmaxV2(const at::Tensor& x, const Maybe& finished, int64_t k, int64_t renorm, bool softmax) {
+Three GatingTopKSoftmaxV2(const at::Tensor& x, const Maybe& finished, int64_t k, int64_t renorm,
+                          bool softmax) {
   if (renorm == 1) {
     const auto [top, indices] = StableTopK(x, k);
     return {at::softmax(top.to(at::kFloat), -1), ExpertIdx(indices, x, finished), at::Tensor()};
@@ -65,7 +67,8 @@ Three GatingTopKSoftmaxV2(const at::Tensor& x, const Maybe& finished, int64_t k,
   return {y, ExpertIdx(indices, x, finished), softmax ? all : at::Tensor()};
 }
 
-Three InitRouting(const at::Tensor& x, const at::Tensor& row_idx, const at::Tensor& expert_idx, int64_t active_num) {
+Three InitRouting(const at::Tensor& x, const at::Tensor& row_idx, const at::Tensor& expert_idx,
+                  int64_t active_num) {
   const int64_t n = x.size(0), k = expert_idx.size(1);
   const auto [experts, order] = at::sort(expert_idx.flatten(), /*stable=*/true, 0, /*descending=*/false);
   const at::Tensor rows = row_idx.flatten().to(at::kLong).index_select(0, order);
@@ -80,8 +83,9 @@ Four InitRoutingV2(const at::Tensor& x, const at::Tensor& expert_idx, int64_t ac
   const bool counted = drop_pad == 1 ? before : tokens != 0;
   const int64_t type = !counted ? -1 : drop_pad == 0 && tokens == 1 ? 0 : 1;
   const int64_t last = experts > 0 ? experts : std::numeric_limits<int32_t>::max();
-  auto [expanded_x, row_idx, counts, scale] = InitRoutingV3(
-      x, expert_idx, std::nullopt, std::nullopt, {active_num, capacity, experts, drop_pad, type, -1, {0, last}, 0});
+  auto [expanded_x, row_idx, counts, scale] =
+      InitRoutingV3(x, expert_idx, std::nullopt, std::nullopt,
+                    {active_num, capacity, experts, drop_pad, type, -1, {0, last}, 0});
   if (drop_pad == 1) return {expanded_x, row_idx, at::Tensor(), counts};
   return {expanded_x, row_idx, counts, at::Tensor()};
 }
@@ -122,7 +126,8 @@ Four InitRoutingV3(const at::Tensor& x, const at::Tensor& expert_idx, const Mayb
   int64_t rows = total;
   if (padded) {
     const at::Tensor within = slot - (counts.cumsum(0) - counts).index_select(0, sorted - first);
-    slot = at::where(within.lt(routing.capacity), sorted * routing.capacity + within, at::full({}, -1, at::kLong));
+    slot = at::where(within.lt(routing.capacity), sorted * routing.capacity + within,
+                     at::full({}, -1, at::kLong));
     rows = routing.experts * routing.capacity;
   } else if (routing.active_num > 0) {
     rows = std::min(routing.active_num, total);
@@ -141,9 +146,11 @@ Four InitRoutingV3(const at::Tensor& x, const at::Tensor& expert_idx, const Mayb
     Maybe smooth = scale;
     if (scale && scale->size(0) > 1) smooth = scale->index_select(0, sorted.masked_select(kept) - first);
     at::Tensor none;
-    std::tie(from, row_scale, none) = DynamicQuant(smooth ? from.to(at::kFloat) * *smooth : from, {}, {}, true);
+    std::tie(from, row_scale, none) =
+        DynamicQuant(smooth ? from.to(at::kFloat) * *smooth : from, {}, {}, true);
   }
-  at::Tensor expanded_x = padded ? at::zeros({rows, h}, from.options()) : Unwritten({rows, h}, from.scalar_type());
+  at::Tensor expanded_x =
+      padded ? at::zeros({rows, h}, from.options()) : Unwritten({rows, h}, from.scalar_type());
   expanded_x.index_copy_(0, to, from);
   if (padded) expanded_x = expanded_x.reshape({routing.experts, routing.capacity, h});
   at::Tensor expanded_scale;
@@ -166,15 +173,17 @@ at::Tensor ComputeExpertTokens(const at::Tensor& sorted, int64_t experts) {
   return at::searchsorted(sorted, at::arange(experts, sorted.options()), /*out_int32=*/false, /*right=*/true);
 }
 
-at::Tensor FinalizeRouting(const at::Tensor& rows, const at::Tensor& indices, const Maybe& skip1, const Maybe& skip2,
-                           const Maybe& bias, const Maybe& scales, const Maybe& experts, int64_t mode, int64_t k) {
+at::Tensor FinalizeRouting(const at::Tensor& rows, const at::Tensor& indices, const Maybe& skip1,
+                           const Maybe& skip2, const Maybe& bias, const Maybe& scales, const Maybe& experts,
+                           int64_t mode, int64_t k) {
   // bfloat16 rounds once at the end, the others after each step.
   const at::ScalarType type = rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type();
   const int64_t h = rows.size(-1);
   if (scales) k = scales->size(1);
   const int64_t n = indices.numel() / k;
   const at::Tensor flat = rows.reshape({-1, h}).to(type);
-  const at::Tensor index = indices.to(at::kLong).reshape(mode >= 2 ? at::IntArrayRef({n, k}) : at::IntArrayRef({k, n}));
+  const at::Tensor index =
+      indices.to(at::kLong).reshape(mode >= 2 ? at::IntArrayRef({n, k}) : at::IntArrayRef({k, n}));
   at::Tensor out = at::zeros({n, h}, at::TensorOptions().dtype(type));
   if (skip1) out = skip1->to(type);
   if (skip2) out = out + skip2->to(type);
@@ -192,7 +201,8 @@ at::Tensor FinalizeRouting(const at::Tensor& rows, const at::Tensor& indices, co
 
 namespace {
 
-// Ends of the groups' rows, whatever way group_list says it; groups that a list of pairs leaves out are empty.
+// Ends of the groups' rows, whatever way group_list says it; groups that a list of pairs leaves out are
+// empty.
 std::vector<std::pair<int64_t, int64_t>> GroupRows(const Grouped& call, int64_t groups) {
   std::vector<std::pair<int64_t, int64_t>> ranges(static_cast<size_t>(groups));
   const at::Tensor list = call.group_list.value().to(at::kLong).reshape({call.group_list->size(0), -1});
@@ -218,16 +228,23 @@ at::Tensor OfGroup(const Tensors& list, size_t group) {
 
 at::Tensor Activate(const at::Tensor& y, int64_t activation) {
   switch (activation) {
-    case 0: return y;
-    case 1: return y.relu();
-    case 2: return at::gelu(y, "tanh");
-    case 4: return y * at::sigmoid(y * 1.702);
-    case 5: return at::silu(y);
-    default: TORCH_CHECK(false, "act_type ", activation, " is not emulated (use 0, 1, 2, 4 or 5)");
+    case 0:
+      return y;
+    case 1:
+      return y.relu();
+    case 2:
+      return at::gelu(y, "tanh");
+    case 4:
+      return y * at::sigmoid(y * 1.702);
+    case 5:
+      return at::silu(y);
+    default:
+      TORCH_CHECK(false, "act_type ", activation, " is not emulated (use 0, 1, 2, 4 or 5)");
   }
 }
 
-// A scale that carries float32 bits in the low half of 64, as npu_trans_quant_param packs it, or numbers as they are.
+// A scale that carries float32 bits in the low half of 64, as npu_trans_quant_param packs it, or numbers as
+// they are.
 at::Tensor Unpacked(const at::Tensor& scale) {
   if (scale.scalar_type() != at::kLong && scale.scalar_type() != at::kUInt64) return scale.to(at::kFloat);
   return scale.view(at::kLong).bitwise_and(0xffffffff).to(at::kInt).view(at::kFloat);
@@ -248,7 +265,8 @@ at::Tensor MatmulOfGroup(const Grouped& call, const at::Tensor& x, const at::Ten
     at::Tensor w = weight.to(at::kFloat);
     if (const at::Tensor antiquant = OfGroup(call.antiquant_scale, group); antiquant.defined()) {
       TORCH_CHECK(antiquant.dim() == 1, "antiquant_scale has groups along K, which is not emulated");
-      if (const at::Tensor shift = OfGroup(call.antiquant_offset, group); shift.defined()) w = w + shift.to(at::kFloat);
+      if (const at::Tensor shift = OfGroup(call.antiquant_offset, group); shift.defined())
+        w = w + shift.to(at::kFloat);
       w = w * antiquant.to(at::kFloat);
     }
     y = x.to(at::kFloat).matmul(w);
@@ -261,8 +279,8 @@ at::Tensor MatmulOfGroup(const Grouped& call, const at::Tensor& x, const at::Ten
 
 std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call) {
   const bool stacked = call.weight.size() == 1 && call.weight[0].dim() == 3;
-  const auto groups = static_cast<int64_t>(
-      stacked ? static_cast<size_t>(call.weight[0].size(0)) : std::max(call.weight.size(), call.x.size()));
+  const auto groups = static_cast<int64_t>(stacked ? static_cast<size_t>(call.weight[0].size(0))
+                                                   : std::max(call.weight.size(), call.x.size()));
   const bool ranged = call.group_list && call.group_list->numel() > 0 && call.x.size() == 1;
   const auto weight = [&](size_t group) {
     return stacked ? call.weight[0][static_cast<int64_t>(group)] : call.weight[group];
@@ -272,11 +290,13 @@ std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call) {
     const int64_t parts = call.group_list->size(0);
     Tensors y;
     for (const auto& [start, end] : GroupRows(call, parts)) {
-      y.push_back(MatmulOfGroup(call, call.x[0].slice(1, start, end), call.weight[0].slice(0, start, end), y.size(), {}));
+      y.push_back(MatmulOfGroup(call, call.x[0].slice(1, start, end), call.weight[0].slice(0, start, end),
+                                y.size(), {}));
     }
     return {{at::stack(y)}, {}, {}};
   }
-  TORCH_CHECK(call.group_type == 0 || call.group_type == -1, "group_type ", call.group_type, " is not emulated");
+  TORCH_CHECK(call.group_type == 0 || call.group_type == -1, "group_type ", call.group_type,
+              " is not emulated");
   Tensors results;
   const at::Tensor per_token = call.per_token_scale.empty() ? at::Tensor() : call.per_token_scale[0];
   const auto ranges = ranged ? GroupRows(call, groups) : std::vector<std::pair<int64_t, int64_t>>();
@@ -305,7 +325,8 @@ Three DynamicQuant(const at::Tensor& x, const Maybe& smooth, const Maybe& group_
   if (smooth && group_index) {
     // group_index holds the groups' ends, and row r of smooth belongs to group r.
     const at::Tensor rows = values.reshape({-1, values.size(-1)});
-    const at::Tensor group = at::searchsorted(group_index->to(at::kLong), at::arange(rows.size(0)), false, true);
+    const at::Tensor group =
+        at::searchsorted(group_index->to(at::kLong), at::arange(rows.size(0)), false, true);
     values = (rows * smooth->to(at::kFloat).index_select(0, group)).reshape(values.sizes());
   } else if (smooth) {
     values = values * smooth->to(at::kFloat);

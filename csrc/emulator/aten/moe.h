@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators of operators.txt that are longer than one ATen expression: the mixture-of-experts chain around FFN,
-// and a few helpers. N tokens, H hidden size, K choices per token, E experts, C capacity of an expert. moe.cc.
+// The operators of operators.txt that are longer than one ATen expression: the mixture-of-experts chain
+// around FFN, and a few helpers. N tokens, H hidden size, K choices per token, E experts, C capacity of an
+// expert. moe.cc.
 #pragma once
 
 #include "emulator/aten/aten.h"
@@ -22,15 +23,18 @@ struct Routing {
 };
 
 Three GatingTopKSoftmax(const at::Tensor& x, const Maybe& finished, int64_t k);
-Three GatingTopKSoftmaxV2(const at::Tensor& x, const Maybe& finished, int64_t k, int64_t renorm, bool softmax);
-Three InitRouting(const at::Tensor& x, const at::Tensor& row_idx, const at::Tensor& expert_idx, int64_t active_num);
+Three GatingTopKSoftmaxV2(const at::Tensor& x, const Maybe& finished, int64_t k, int64_t renorm,
+                          bool softmax);
+Three InitRouting(const at::Tensor& x, const at::Tensor& row_idx, const at::Tensor& expert_idx,
+                  int64_t active_num);
 Four InitRoutingV2(const at::Tensor& x, const at::Tensor& expert_idx, int64_t active_num, int64_t capacity,
                    int64_t experts, int64_t drop_pad, int64_t tokens, bool before);
 Four InitRoutingV3(const at::Tensor& x, const at::Tensor& expert_idx, const Maybe& scale, const Maybe& offset,
                    const Routing& routing);
 at::Tensor ComputeExpertTokens(const at::Tensor& sorted, int64_t experts);
-at::Tensor FinalizeRouting(const at::Tensor& rows, const at::Tensor& indices, const Maybe& skip1, const Maybe& skip2,
-                           const Maybe& bias, const Maybe& scales, const Maybe& experts, int64_t mode, int64_t k);
+at::Tensor FinalizeRouting(const at::Tensor& rows, const at::Tensor& indices, const Maybe& skip1,
+                           const Maybe& skip2, const Maybe& bias, const Maybe& scales, const Maybe& experts,
+                           int64_t mode, int64_t k);
 
 struct Grouped {
   Tensors x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, per_token_scale;
@@ -46,7 +50,8 @@ at::Tensor SwiGlu(const at::Tensor& x, int64_t dim);
 Three DynamicQuant(const at::Tensor& x, const Maybe& smooth, const Maybe& group_index, bool symmetric);
 
 Two RmsNorm(const at::Tensor& x, const at::Tensor& gamma, double eps);
-at::Tensor Divide(const at::Tensor& self, const at::Tensor& other, int32_t mode);  // 0 true, 1 truncated, 2 floored
+at::Tensor Divide(const at::Tensor& self, const at::Tensor& other,
+                  int32_t mode);  // 0 true, 1 truncated, 2 floored
 at::Tensor Divide(const at::Tensor& self, const at::Scalar& other, int32_t mode);
 at::Tensor Scatter(const at::Tensor& self, int64_t dim, const at::Tensor& index, const at::Tensor& source,
                    int64_t reduce);  // 0 replaces, 1 adds, 2 multiplies

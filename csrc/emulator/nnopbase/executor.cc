@@ -123,6 +123,10 @@ int Launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, ac
       task.release());
 }
 
+void Abandon(aclOpExecutor* executor) {
+  if (IsLive(executor) && !executor->repeatable) Take(executor);
+}
+
 }  // namespace emulator
 
 extern "C" {

@@ -71,5 +71,8 @@ void Publish(aclOpExecutor made, uint64_t* workspace_size, aclOpExecutor** execu
 // contract.md g's, before an operator maps them.
 int Launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream);
 
+// What a failing phase 2 does: ends the executor unless it is repeatable.
+void Abandon(aclOpExecutor* executor);
+
 }  // namespace emulator
 #pragma GCC visibility pop

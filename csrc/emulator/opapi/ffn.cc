@@ -39,7 +39,7 @@ int Prepare(const FfnCall& call, uint64_t* workspace_size, aclOpExecutor** execu
 int Phase2(const char* function, void* workspace, uint64_t size, aclOpExecutor* executor,
            aclrtStream stream) {
   if (const int status = emulator_call(function)) {
-    if (executor != nullptr && !executor->repeatable) aclDestroyAclOpExecutor(executor);
+    Abandon(executor);
     return status;
   }
   return Launch(workspace, size, executor, stream) == 0 ? 0 : kInner;
