@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin: `pytest -p ffn_ops.emulator.plugin` enables the emulator before any test module is imported, and
-the fixture `emulator` fails a test that leaks a descriptor or an executor of aclnn."""
+"""A pytest plugin: `pytest -p ffn_ops.emulator.plugin` enables the emulator before any test module is
+imported, and the fixture `emulator` fails a test that leaks a descriptor or an executor of aclnn."""
 
 import gc
 from collections.abc import Iterator
