@@ -658,7 +658,7 @@ def modes_table() -> str:
             others.append(f"deq_scale {' / '.join(mode.deq_scale.split())}")
         if mode.antiquant:
             others.append(f"antiquant scale, offset {mode.antiquant}")
-        runs = "CPU, NPU contract" if "fused" in mode.routes else "CPU"
+        runs = "CPU, NPU" if "fused" in mode.routes else "CPU"
         row = (f"`{mode.name}`", mode.x, mode.weight, mode.y, mode.bias, "; ".join(others), runs)
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
