@@ -53,8 +53,11 @@ class CMakeBuild(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(BUILD / target.name), str(target))
+
+    def run(self) -> None:
+        super().run()  # copies the extensions into the source tree itself, when they are built in place
         # The emulated CANN, and the sources of its ATen operators, which are built where torch is.
-        emulator = Path(self.get_ext_fullpath("ffn_ops.emulator._")).parent
+        emulator = Path(ROOT if self.inplace else self.build_lib, "ffn_ops", "emulator")
         shutil.copytree(BUILD / "cann", emulator / "cann", dirs_exist_ok=True)
         for sources in ("aclnn", "emulator"):
             shutil.copytree(ROOT / "csrc" / sources, emulator / "csrc" / sources, dirs_exist_ok=True)
