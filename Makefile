@@ -59,8 +59,9 @@ test-asan: build
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 
-# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and
-# transformers' models. Same Python, so it takes the compiled modules of .venv from the checkout.
+# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'
+# models. Same Python, so it takes the compiled modules of .venv from the checkout. With byte code, unlike .venv: its
+# tests start many processes.
 test-npu: build .venv-npu/ready
 	.venv-npu/bin/python -m pytest --device npu
 
@@ -70,7 +71,7 @@ npu-check: build .venv-npu/ready
 
 .venv-npu/ready: constraints.txt
 	$(PYTHON) -m venv .venv-npu
-	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer pytest hypothesis numpy ml_dtypes
+	$(subst --no-compile,,$(subst .venv,.venv-npu,$(PIP))) torch torch-npu typer pytest hypothesis numpy ml_dtypes
 	@touch $@
 
 clean:

@@ -301,6 +301,16 @@ aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
   return 0;
 }
 
+aclError aclrtSetStreamOverflowSwitch(aclrtStream handle, uint32_t) {  // torch_npu's, on the 310P
+  CALL();
+  return Find(__func__, handle) == nullptr ? emulator::kInvalidHandle : 0;
+}
+
+aclError aclrtSetStreamFailureMode(aclrtStream handle, uint64_t) {
+  CALL();
+  return Find(__func__, handle) == nullptr ? emulator::kInvalidHandle : 0;
+}
+
 aclError aclrtSynchronizeDevice() {
   CALL();
   return SynchronizeDevice(__func__);
