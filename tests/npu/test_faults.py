@@ -41,8 +41,9 @@ for k in range(1, 200):
         break
     failed.append(name)
     assert not live(), (name, live())
-    destroys = "Destroy" in name
-    assert (error is None) == (destroys or name in {harmless}), (name, error)
+    # After a failed allocation torch_npu empties its cache and tries again.
+    harmless = "Destroy" in name or name == "aclrtMalloc"
+    assert (error is None) == harmless, (name, error)
     if error is not None and name.startswith(("aclCreate", "aclnn", "aclrtMemset")):
         assert name in error and "injected failure" in error, (name, error)
     if y is not None:
@@ -56,8 +57,7 @@ print(*failed)
 
 @pytest.mark.parametrize("free", [False, True])
 def test_every_call_of_a_forward_may_fail(free: bool):
-    # torch_npu looks at the device before and after; where it goes on without an answer, so does the forward.
-    done = run(SWEEP.format(free=free, harmless=("aclrtFree",)), TASK_QUEUE_ENABLE="0")
+    done = run(SWEEP.format(free=free), TASK_QUEUE_ENABLE="0")
     assert done.returncode == 0, done.stderr[-2000:]
     failed = done.stdout.split()
     assert failed.count("aclCreateTensor") == 5
