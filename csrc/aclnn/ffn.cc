@@ -13,10 +13,21 @@ aclFormat Format(size_t rank) {
                      : ACL_FORMAT_ND;
 }
 
+std::vector<int64_t> DenseStrides(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  return strides;
+}
+
 aclTensor* Create(const Library& library, const TensorDesc& desc) {
+  const std::vector<int64_t> strides = DenseStrides(desc.shape);
   aclTensor* const tensor =
-      library.create_tensor(desc.shape.data(), desc.shape.size(), desc.dtype, desc.strides.data(),
-                            desc.offset, Format(desc.shape.size()), &desc.storage, 1, desc.data);
+      library.create_tensor(desc.shape.data(), desc.shape.size(), desc.dtype, strides.data(), desc.offset,
+                            Format(desc.shape.size()), &desc.storage, 1, desc.data);
   if (tensor == nullptr) ThrowStatus(library, "aclCreateTensor", 561103);
   return tensor;
 }

@@ -15,11 +15,11 @@ namespace ffn::aclnn {
 inline constexpr int kTensors = 15;  // the vendor's 14 inputs in their order, then y
 inline constexpr int kY = kTensors - 1;
 
-// What becomes an aclTensor. Sizes, strides, offset and storage count elements, for int4 too; `data` is the
-// storage's first byte on the device.
+// What becomes an aclTensor, which is dense. Sizes, offset and storage count elements, for int4 too; `data`
+// is the storage's first byte on the device.
 struct TensorDesc {
   bool given = false;
-  std::vector<int64_t> shape, strides;
+  std::vector<int64_t> shape;
   int64_t offset = 0;
   int64_t storage = 0;
   aclDataType dtype = ACL_DT_UNDEFINED;

@@ -64,12 +64,6 @@ aclnn::TensorDesc Describe(const Tensor& tensor, bool int4) {
   desc.given = true;
   desc.shape.assign(tensor.sizes().begin(), tensor.sizes().end());
   if (!desc.shape.empty()) desc.shape.back() *= values;
-  desc.strides.resize(desc.shape.size());  // dense, since every tensor was made so
-  int64_t stride = 1;
-  for (size_t i = desc.shape.size(); i-- > 0;) {
-    desc.strides[i] = stride;
-    stride *= desc.shape[i] > 0 ? desc.shape[i] : 1;
-  }
   desc.offset = tensor.storage_offset() * values;
   desc.storage = storage_bytes / bytes * values;
   desc.dtype = ToAcl(tensor, int4);
@@ -120,14 +114,17 @@ void CheckTokens(const Arguments& arguments, int64_t M) {
 class Launch {
  public:
   Launch(const aclnn::Library& library, const aclnn::Call& call)
-      : library_(library), prepared_(library, call), y_(call.tensors[aclnn::kY]) {
-    zero_ = call.tensors[contract::kExpertTokensOperand].given;
-  }
+      : library_(library),
+        prepared_(std::make_unique<aclnn::Prepared>(library, call)),
+        y_(call.tensors[aclnn::kY]),
+        zero_(call.tensors[contract::kExpertTokensOperand].given) {}
 
-  uint64_t workspace_size() const { return prepared_.workspace_size(); }
+  uint64_t workspace_size() const { return prepared_->workspace_size(); }
 
-  // The failed call and its status, or null and 0.
+  // The failed call and its status, or null and 0. Once: it gives the handles back when it returns, since
+  // torch_npu's queue reports a task as done before it drops it.
   std::pair<const char*, int> Run(void* workspace, aclrtStream stream) {
+    const std::unique_ptr<aclnn::Prepared> prepared = std::move(prepared_);
     if (zero_) {
       auto* const first =
           static_cast<char*>(y_.data) + y_.offset * 2;  // y has 2 bytes an element in every mode
@@ -136,15 +133,15 @@ class Launch {
       if (const int status = library_.memset_async(first, size, 0, size, stream))
         return {"aclrtMemsetAsync", status};
     }
-    const int status = prepared_.Run(workspace, prepared_.workspace_size(), stream);
+    const int status = prepared->Run(workspace, prepared->workspace_size(), stream);
     return {status != 0 ? "aclnnFFNV3" : nullptr, status};
   }
 
  private:
   const aclnn::Library& library_;
-  aclnn::Prepared prepared_;
+  std::unique_ptr<aclnn::Prepared> prepared_;
   const aclnn::TensorDesc y_;
-  bool zero_ = false;
+  const bool zero_;
 };
 
 // Through torch_npu's queue when it can be found. The queue may run the launch here, where a failure is this

@@ -26,12 +26,6 @@ aclnn::TensorDesc ToDesc(const Desc& from) {
   desc.given = true;
   desc.dtype = static_cast<aclDataType>(std::get<0>(from));
   desc.shape = std::get<1>(from);
-  desc.strides.resize(desc.shape.size());
-  int64_t stride = 1;
-  for (size_t i = desc.shape.size(); i-- > 0;) {
-    desc.strides[i] = stride;
-    stride *= desc.shape[i] > 0 ? desc.shape[i] : 1;
-  }
   desc.offset = std::get<2>(from);
   desc.storage = std::get<3>(from);
   desc.data = reinterpret_cast<void*>(std::get<4>(from));
@@ -68,12 +62,6 @@ void BindAclnn(py::module_& module) {
       "aclnn_library", [] { return aclnn::GetLibrary().path; },
       "The path of the library that holds aclnnFFNV3; RuntimeError with every path tried when there is "
       "none.");
-  module.def(
-      "aclnn_soc", [] { return std::string(aclnn::GetLibrary().soc_name()); },
-      "What aclrtGetSocName says; RuntimeError without CANN.");
-  module.def(
-      "aclnn_queue", [] { return aclnn::FindTaskQueue() != nullptr; },
-      "Whether launches go through torch_npu's task queue.");
   py::class_<aclnn::Prepared>(module, "Prepared")
       .def(py::init(&Prepare), py::arg("tensors"), py::arg("activation"), py::arg("inner_precise"),
            py::arg("tokens_index_flag"))

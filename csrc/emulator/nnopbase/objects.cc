@@ -69,6 +69,26 @@ Object* FromArray(const char* function, const char* kind, const Value* values, u
   return Made(kind, std::make_unique<Object>(Object{{values, values + count}}));
 }
 
+// A list with its members, as the vendor's.
+template <class List, class Member>
+int DestroyList(const char* function, const char* kind, const List* list,
+                std::vector<const Member*> List::* members, aclnnStatus (*destroy)(const Member*)) {
+  if (list != nullptr && IsLive(list)) {
+    for (const Member* member : list->*members) {
+      if (member != nullptr) destroy(member);
+    }
+  }
+  return Destroy(function, kind, list);
+}
+
+template <class Object, class Value>
+int GetSize(const char* function, const Object* object, std::vector<Value> Object::* values,
+            uint64_t* count) {
+  if (object == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", function);
+  *count = (object->*values).size();
+  return 0;
+}
+
 std::vector<int64_t> DenseStrides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
@@ -197,9 +217,7 @@ aclnnStatus aclDestroyScalar(const aclScalar* scalar) { return Destroy(__func__,
   }                                                                                                      \
   aclnnStatus aclDestroy##Kind(const acl##Kind* array) { return Destroy(__func__, "acl" #Kind, array); } \
   aclnnStatus aclGet##Kind##Size(const acl##Kind* array, uint64_t* count) {                              \
-    if (array == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", __func__);        \
-    *count = array->values.size();                                                                       \
-    return 0;                                                                                            \
+    return GetSize(__func__, array, &acl##Kind::values, count);                                          \
   }
 ARRAY(IntArray, int64_t)
 ARRAY(FloatArray, float)
@@ -208,36 +226,21 @@ ARRAY(BoolArray, bool)
 aclTensorList* aclCreateTensorList(const aclTensor* const* tensors, uint64_t count) {
   return FromArray<aclTensorList>(__func__, "aclTensorList", tensors, count);
 }
-// With its members, as the vendor's.
 aclnnStatus aclDestroyTensorList(const aclTensorList* list) {
-  if (list != nullptr && IsLive(list)) {
-    for (const aclTensor* tensor : list->tensors) {
-      if (tensor != nullptr) aclDestroyTensor(tensor);
-    }
-  }
-  return Destroy(__func__, "aclTensorList", list);
+  return DestroyList(__func__, "aclTensorList", list, &aclTensorList::tensors, &aclDestroyTensor);
 }
 aclnnStatus aclGetTensorListSize(const aclTensorList* list, uint64_t* count) {
-  if (list == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", __func__);
-  *count = list->tensors.size();
-  return 0;
+  return GetSize(__func__, list, &aclTensorList::tensors, count);
 }
 
 aclScalarList* aclCreateScalarList(const aclScalar* const* scalars, uint64_t count) {
   return FromArray<aclScalarList>(__func__, "aclScalarList", scalars, count);
 }
 aclnnStatus aclDestroyScalarList(const aclScalarList* list) {
-  if (list != nullptr && IsLive(list)) {
-    for (const aclScalar* scalar : list->scalars) {
-      if (scalar != nullptr) aclDestroyScalar(scalar);
-    }
-  }
-  return Destroy(__func__, "aclScalarList", list);
+  return DestroyList(__func__, "aclScalarList", list, &aclScalarList::scalars, &aclDestroyScalar);
 }
 aclnnStatus aclGetScalarListSize(const aclScalarList* list, uint64_t* count) {
-  if (list == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", __func__);
-  *count = list->scalars.size();
-  return 0;
+  return GetSize(__func__, list, &aclScalarList::scalars, count);
 }
 
 #define GETTER(function, Type, expression)                                                          \

@@ -61,7 +61,7 @@ uint64_t WorkspaceSize(const FfnPlan& plan, const FfnCall& call) {
   const uint64_t sx = call.tensors[kX]->dtype == ACL_INT8 ? 1 : 2;
   const bool wide = plan.pipeline == Pipeline::kHighPrecision || bf16;
   uint64_t first = M * N1 * (wide ? 4 : 2), second = M * N1 * sx, extra = 0;
-  if (std::strncmp(aclrtGetSocName(), "Ascend310P", 10) == 0) first = 0;
+  if (IsAscend310P()) first = 0;
   if (quant && bf16) extra += M * N2 * 4;
   if (quant && !plan.smooth && call.tensors[kDeqScale1]->dtype == ACL_FLOAT) {
     first = (first + 63) / 64 * 64;

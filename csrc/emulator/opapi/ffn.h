@@ -57,6 +57,8 @@ struct FfnPlan {
   bool empty;  // x has no element: nothing to do
 };
 
+bool IsAscend310P();
+
 // The status of phase 1 without side effects other than contract c.1 step 3a; fills the plan on success.
 int CheckFfn(const FfnCall& call, FfnPlan* plan);
 

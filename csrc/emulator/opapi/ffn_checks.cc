@@ -39,7 +39,6 @@ constexpr Name kActivations[] = {{"fastgelu", Activation::kFastGelu}, {"gelu", A
                                  {"reglu", Activation::kReglu}};
 
 bool IsGlu(Activation activation) { return activation >= Activation::kGeglu; }
-bool IsAscend310P() { return std::strncmp(aclrtGetSocName(), "Ascend310P", 10) == 0; }
 
 bool IsPrivate(aclFormat format) {
   switch (format) {
@@ -382,6 +381,8 @@ class Checks {
 };
 
 }  // namespace
+
+bool IsAscend310P() { return std::strncmp(aclrtGetSocName(), "Ascend310P", 10) == 0; }
 
 int CheckFfn(const FfnCall& call, FfnPlan* plan) {
   *plan = {};

@@ -18,9 +18,6 @@ struct aclopAttr {};
 extern "C" {
 #pragma GCC visibility push(default)
 
-#define CALL() \
-  if (const int status = emulator_call(__func__)) return status
-
 aclTensorDesc* aclCreateTensorDesc(aclDataType dtype, int rank, const int64_t* shape, aclFormat format) {
   return new aclTensorDesc{dtype, format, std::vector<int64_t>(shape, shape + rank)};
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -30,8 +31,9 @@ Control& control() {
 }
 
 std::atomic<int> task_delay{0}, launch_delay{0};
-thread_local std::string message;    // of the last error on this thread
-thread_local std::string last_read;  // keeps what aclGetRecentErrMsg returned alive
+// Of the last error on this thread, and what aclGetRecentErrMsg returned last. Arrays, since they are written
+// after the thread's objects are gone: streams are drained, and libraries close, while the process ends.
+thread_local char message[1024], last_read[sizeof message];
 
 void CopyOut(const std::string& text, char* buffer, size_t size) {
   if (size > 0) buffer[text.copy(buffer, size - 1)] = '\0';
@@ -65,12 +67,10 @@ int emulator_call(const char* name) {
 }
 
 int emulator_error(int code, const char* format, ...) {
-  char text[1024];
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
+  std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  message = text;
   return code;
 }
 
@@ -79,9 +79,9 @@ void emulator_live(const char* kind, int change) {
 }
 
 extern "C" __attribute__((visibility("default"))) const char* aclGetRecentErrMsg() {
-  last_read.swap(message);  // read once, as the vendor's
-  message.clear();
-  return last_read.c_str();
+  std::memcpy(last_read, message, sizeof message);
+  message[0] = '\0';  // read once, as the vendor's
+  return last_read;
 }
 
 // ---- for ffn_ops/emulator, through ctypes ----

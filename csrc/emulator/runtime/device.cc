@@ -37,7 +37,6 @@ int Known(const char* function, int32_t device) {
 namespace emulator {
 int CurrentDevice() { return current_device; }
 void SetCurrentDevice(int device) { current_device = device; }
-int DeviceCount() { return device_count; }
 }  // namespace emulator
 
 EMULATOR_API void emulator_configure(const char* soc_name, int devices) {
@@ -47,9 +46,6 @@ EMULATOR_API void emulator_configure(const char* soc_name, int devices) {
 
 extern "C" {
 #pragma GCC visibility push(default)
-
-#define CALL() \
-  if (const int status = emulator_call(__func__)) return status
 
 aclError aclInit(const char*) {
   CALL();

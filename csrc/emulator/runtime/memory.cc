@@ -118,9 +118,6 @@ void* emulator_host_view(const void* device, size_t size) {
 extern "C" {
 #pragma GCC visibility push(default)
 
-#define CALL() \
-  if (const int status = emulator_call(__func__)) return status
-
 aclError aclrtMalloc(void** pointer, size_t size, aclrtMemMallocPolicy) {
   CALL();
   const int device = emulator::CurrentDevice();
@@ -232,14 +229,7 @@ aclError aclrtMemcpyAsync(void* to, size_t capacity, const void* from, size_t si
   CALL();
   Copy copy{};
   if (const int status = Resolve(__func__, to, capacity, from, size, kind, &copy)) return status;
-  return emulator::Enqueue(
-      stream,
-      [](void* context) {
-        const auto& task = *static_cast<Copy*>(context);
-        std::memmove(task.to, task.from, task.size);
-        return 0;
-      },
-      [](void* context) { delete static_cast<Copy*>(context); }, new Copy(copy));
+  return emulator::Enqueue(__func__, stream, [copy] { std::memmove(copy.to, copy.from, copy.size); });
 }
 
 aclError aclrtMemset(void* to, size_t capacity, int32_t value, size_t size) {
@@ -254,14 +244,7 @@ aclError aclrtMemsetAsync(void* to, size_t capacity, int32_t value, size_t size,
   CALL();
   Fill fill{};
   if (const int status = ResolveFill(__func__, to, capacity, value, size, &fill)) return status;
-  return emulator::Enqueue(
-      stream,
-      [](void* context) {
-        const auto& task = *static_cast<Fill*>(context);
-        std::memset(task.to, task.value, task.size);
-        return 0;
-      },
-      [](void* context) { delete static_cast<Fill*>(context); }, new Fill(fill));
+  return emulator::Enqueue(__func__, stream, [fill] { std::memset(fill.to, fill.value, fill.size); });
 }
 
 #pragma GCC visibility pop

@@ -3,6 +3,8 @@
 // devices and SoC, memory.cc and stream.cc do the work, aclop.cc answers the older single-operator interface.
 #pragma once
 
+#include <utility>
+
 #include "emulator/emulator.h"
 
 #ifndef FFN_OPS_VENDOR_ACL
@@ -33,25 +35,39 @@ typedef struct aclopAttr aclopAttr;
 }
 #endif
 
+// The first line of an ABI function (emulator.h, emulator_call).
+#define CALL() \
+  if (const int status = emulator_call(__func__)) return status
+
 namespace emulator {
 
 // Status codes of the runtime (error_codes/rt_error_codes.h in the torch_npu wheel).
 inline constexpr int kInvalidParam = 107000, kInvalidDevice = 107001, kContextNull = 107002,
-                     kStreamContext = 107003, kInvalidMemoryType = 107016, kInvalidHandle = 107017,
-                     kOutOfMemory = 207001, kNotSupported = 207000, kInternalError = 507899;
+                     kStreamContext = 107003, kInvalidHandle = 107017, kOutOfMemory = 207001,
+                     kNotSupported = 207000, kInternalError = 507899;
 
 // The current device of this thread, -1 before aclrtSetDevice.
 int CurrentDevice();
 void SetCurrentDevice(int device);
-int DeviceCount();
 
 void Count(const char* counter, long change = 1);
 // Microseconds by which slow() holds up each stream task, and each operator's launch on the caller's thread.
 int TaskDelay();
 int LaunchDelay();
 
-// emulator_enqueue for what is no operator: copies, fills, events.
-int Enqueue(aclrtStream stream, int (*task)(void*), void (*drop)(void*), void* context);
+// Queues work() on a stream; it is for what is no operator: copies, fills, events. `function` is for the
+// message.
+int Enqueue(const char* function, aclrtStream stream, int (*task)(void*), void (*drop)(void*), void* context);
+template <class Work>
+int Enqueue(const char* function, aclrtStream stream, Work work) {
+  return Enqueue(
+      function, stream,
+      [](void* context) {
+        (*static_cast<Work*>(context))();
+        return 0;
+      },
+      [](void* context) { delete static_cast<Work*>(context); }, new Work(std::move(work)));
+}
 
 // Waits for the streams of a device (-1: of all), without counting a synchronisation. The first stream's
 // failure, or 0.

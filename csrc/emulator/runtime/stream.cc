@@ -111,11 +111,6 @@ struct Event {
   }
 };
 
-struct EventTask {
-  std::shared_ptr<Event> event;
-  uint64_t generation;
-};
-
 struct Registry {
   std::mutex mutex;
   std::map<void*, std::shared_ptr<Stream>> streams;
@@ -180,12 +175,6 @@ int Enqueue(const char* function, aclrtStream handle, const Task& task) {
   return 0;
 }
 
-int EnqueueForEvent(const char* function, aclrtStream stream, int (*run)(void*), EventTask task) {
-  return Enqueue(
-      function, stream,
-      {run, [](void* context) { delete static_cast<EventTask*>(context); }, new EventTask(std::move(task))});
-}
-
 int Synchronize(const char* function, aclrtStream handle) {
   const std::shared_ptr<Stream> stream = Find(function, handle);
   if (stream == nullptr) return emulator::kInvalidHandle;
@@ -204,8 +193,9 @@ int SynchronizeDevice(const char* function) {
 
 namespace emulator {
 
-int Enqueue(aclrtStream stream, int (*task)(void*), void (*drop)(void*), void* context) {
-  return ::Enqueue("a task", stream, {task, drop, context});
+int Enqueue(const char* function, aclrtStream stream, int (*task)(void*), void (*drop)(void*),
+            void* context) {
+  return ::Enqueue(function, stream, {task, drop, context});
 }
 
 int WaitForStreams(int device) {
@@ -236,9 +226,6 @@ int emulator_enqueue(aclrtStream stream, const char* name, int (*task)(void*), v
 
 extern "C" {
 #pragma GCC visibility push(default)
-
-#define CALL() \
-  if (const int status = emulator_call(__func__)) return status
 
 aclError aclrtCreateStreamWithConfig(aclrtStream* handle, uint32_t, uint32_t) {
   CALL();
@@ -364,18 +351,14 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
     std::lock_guard lock(event->mutex);
     generation = ++event->recorded;
   }
-  const int status = EnqueueForEvent(__func__, stream,
-                                     [](void* context) {
-                                       const auto& [recorded, number] = *static_cast<EventTask*>(context);
-                                       {
-                                         std::lock_guard lock(recorded->mutex);
-                                         if (number > recorded->reached) recorded->reached = number;
-                                         recorded->time = std::chrono::steady_clock::now();
-                                       }
-                                       recorded->changed.notify_all();
-                                       return 0;
-                                     },
-                                     {event, generation});
+  const int status = emulator::Enqueue(__func__, stream, [event, generation] {
+    {
+      std::lock_guard lock(event->mutex);
+      if (generation > event->reached) event->reached = generation;
+      event->time = std::chrono::steady_clock::now();
+    }
+    event->changed.notify_all();
+  });
   if (status != 0) {  // or every wait for it would be endless
     std::lock_guard lock(event->mutex);
     if (event->recorded == generation) --event->recorded;
@@ -392,15 +375,10 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
     std::lock_guard lock(event->mutex);
     generation = event->recorded;
   }
-  return EnqueueForEvent(__func__, stream,
-                         [](void* context) {
-                           const auto& task = *static_cast<EventTask*>(context);
-                           std::unique_lock lock(task.event->mutex);
-                           task.event->changed.wait(lock,
-                                                    [&] { return task.event->reached >= task.generation; });
-                           return 0;
-                         },
-                         {event, generation});
+  return emulator::Enqueue(__func__, stream, [event, generation] {
+    std::unique_lock lock(event->mutex);
+    event->changed.wait(lock, [&] { return event->reached >= generation; });
+  });
 }
 
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
