@@ -154,7 +154,7 @@ def _examine_npu() -> tuple[dict[str, str], list[str]]:
             "torch_npu is not installed, but tensors reach an NPU through it (pip install 'ffn-ops[npu]' for "
             "CANN's version; the CPU path works without)"
         ]
-    emulated = getattr(sys.modules.get("ffn_ops.emulator"), "_enabled", None)
+    emulated = getattr(sys.modules.get("ffn_ops.emulator"), "enabled", None)
     code = f"from ffn_ops import doctor; doctor.probe({emulated!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          cwd=Path(ffn_ops.__file__).parents[1])  # fmt: skip

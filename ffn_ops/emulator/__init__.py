@@ -30,7 +30,8 @@ LIBRARIES = (
     "graph",
     "acl_tdt_channel",
 )
-_enabled: tuple[str, int, bool] | None = None
+# What enable() was given, or None; ffn_ops/doctor.py examines the same in another process.
+enabled: tuple[str, int, bool] | None = None
 _runtime: ctypes.CDLL | None = None
 
 
@@ -42,11 +43,11 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
     each torch). Raises RuntimeError when another CANN or torch_npu is loaded already, or when it was enabled
     with other arguments.
     """
-    global _enabled, _runtime
-    if _enabled is not None:
-        if _enabled != (soc, devices, operators):
+    global enabled, _runtime
+    if enabled is not None:
+        if enabled != (soc, devices, operators):
             raise RuntimeError(
-                f"the emulator is enabled with soc, devices, operators = {_enabled}, but a process has one "
+                f"the emulator is enabled with soc, devices, operators = {enabled}, but a process has one "
                 "set of devices (start another process for others)"
             )
         return
@@ -64,7 +65,7 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
     loaded = [ctypes.CDLL(str(CANN / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES]
     _runtime = loaded[0]
     _runtime.emulator_configure(soc.encode(), devices)
-    _enabled = (soc, devices, operators)
+    enabled = (soc, devices, operators)
     # A missing operator raises at its call, instead of failing later in a queue (its other modes look for
     # aclop).
     os.environ.setdefault("ACL_OP_INIT_MODE", "2")
