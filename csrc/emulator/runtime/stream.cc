@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -103,11 +104,17 @@ struct Event {
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t recorded = 0, reached = 0;
-  std::chrono::steady_clock::time_point time;
+  std::chrono::steady_clock::time_point time;  // of the last record that was reached
 
   bool Complete() {
     std::lock_guard lock(mutex);
     return reached >= recorded;
+  }
+
+  // When the event was reached; nothing before it was recorded, and before its last record was reached.
+  std::optional<std::chrono::steady_clock::time_point> Time() {
+    std::lock_guard lock(mutex);
+    return recorded > 0 && reached >= recorded ? std::optional(time) : std::nullopt;
   }
 };
 
@@ -346,23 +353,21 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
   CALL();
   std::shared_ptr<Event> event = FindEvent(__func__, handle);
   if (event == nullptr) return emulator::kInvalidHandle;
-  uint64_t generation;
-  {
-    std::lock_guard lock(event->mutex);
-    generation = ++event->recorded;
-  }
+  // Held until the record is queued: generations are queued in their order, and one that is not is never
+  // waited for.
+  std::lock_guard lock(event->mutex);
+  const uint64_t generation = event->recorded + 1;
   const int status = emulator::Enqueue(__func__, stream, [event, generation] {
     {
-      std::lock_guard lock(event->mutex);
-      if (generation > event->reached) event->reached = generation;
-      event->time = std::chrono::steady_clock::now();
+      std::lock_guard task_lock(event->mutex);
+      if (generation > event->reached) {
+        event->reached = generation;
+        event->time = std::chrono::steady_clock::now();
+      }
     }
     event->changed.notify_all();
   });
-  if (status != 0) {  // or every wait for it would be endless
-    std::lock_guard lock(event->mutex);
-    if (event->recorded == generation) --event->recorded;
-  }
+  if (status == 0) event->recorded = generation;
   return status;
 }
 
@@ -412,10 +417,11 @@ aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent from, aclrtEvent 
   CALL();
   const std::shared_ptr<Event> begin = FindEvent(__func__, from), end = FindEvent(__func__, to);
   if (begin == nullptr || end == nullptr) return emulator::kInvalidHandle;
-  if (begin->recorded == 0 || end->recorded == 0 || !begin->Complete() || !end->Complete()) {
+  const auto first = begin->Time(), last = end->Time();
+  if (!first || !last) {
     return emulator_error(emulator::kInvalidParam, "%s: both events must be recorded and complete", __func__);
   }
-  *milliseconds = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
+  *milliseconds = std::chrono::duration<float, std::milli>(*last - *first).count();
   return 0;
 }
 
