@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ffn_ops import emulator
+
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(emulator.__file__).parents[2]  # the build under test, which need not be the checkout's
 SETUP = """
 import sys
-sys.path.insert(0, "tests/npu")
+sys.path[:0] = ["tests/npu", {package!r}]
 from ffn_ops import emulator
 emulator.enable(soc={soc!r}, operators={operators})
 import torch
@@ -23,7 +26,13 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """The program sees emulator, torch, and what operands.py defines."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SETUP.format(soc=soc, operators=operators) + program],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            SETUP.format(package=str(PACKAGE), soc=soc, operators=operators) + program,
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
