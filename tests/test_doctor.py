@@ -70,8 +70,11 @@ def test_cann_is_found_by_its_variables_with_its_version(
 def test_a_library_beside_an_unsourced_cann_is_pointed_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "_load", lambda name: None)  # other tests may have loaded the emulator's
+    monkeypatch.setattr(doctor.ctypes, "CDLL", refuse)  # other tests may have loaded the emulator's
     (tmp_path / "lib64").mkdir()
     (tmp_path / "lib64" / "libhccl.so").touch()
     sentences = {sentence.split()[0]: sentence for sentence in doctor._missing_libraries()}
