@@ -25,14 +25,9 @@ def run(
     program: str, soc: str = "Ascend910B1", operators: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The program sees emulator, torch, and what operands.py defines."""
+    setup = SETUP.format(package=str(PACKAGE), soc=soc, operators=operators)
     return subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            SETUP.format(package=str(PACKAGE), soc=soc, operators=operators) + program,
-        ],
+        [sys.executable, "-W", "ignore", "-c", setup + program],
         capture_output=True,
         text=True,
         cwd=ROOT,
