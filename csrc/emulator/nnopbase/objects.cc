@@ -3,6 +3,7 @@
 // pointer twice, or one that never was an object, is refused instead of corrupting memory. See objects.h.
 #include "emulator/nnopbase/objects.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -85,18 +86,26 @@ template <class Object, class Value>
 int GetSize(const char* function, const Object* object, std::vector<Value> Object::* values,
             uint64_t* count) {
   if (object == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", function);
+  if (!IsLive(object)) return emulator_error(kInvalid, "%s: the object was destroyed", function);
   *count = (object->*values).size();
   return 0;
 }
 
 std::vector<int64_t> DenseStrides(const std::vector<int64_t>& shape) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i];
+  std::vector<int64_t> strides;
+  for (auto size = shape.begin(); size != shape.end(); ++size) {
+    strides.push_back(emulator::ElementCount({size + 1, shape.end()}));
   }
   return strides;
+}
+
+// The element that `steps` strides lead to, or the first or last of all int64_t where that one is beyond.
+int64_t Reach(int64_t from, int64_t steps, int64_t stride) {
+  int64_t distance, to;
+  if (__builtin_mul_overflow(steps, stride, &distance) || __builtin_add_overflow(from, distance, &to)) {
+    return stride < 0 ? INT64_MIN : INT64_MAX;
+  }
+  return to;
 }
 
 int CopyOut(const std::vector<int64_t>& values, int64_t** out, uint64_t* count) {
@@ -140,20 +149,32 @@ int ElementBits(aclDataType dtype) {
   }
 }
 
+int64_t ElementCount(const std::vector<int64_t>& sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    if (size <= 0) return 0;
+    if (__builtin_mul_overflow(count, size, &count)) count = INT64_MAX;
+  }
+  return count;
+}
+
 int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor) {
   const int64_t bits = ElementBits(tensor.dtype);
   if (bits == 0) {
     return emulator_error(kInvalid, "%s: %s has the unknown dtype %d", op, parameter,
                           static_cast<int>(tensor.dtype));
   }
+  for (const int64_t size : tensor.shape) {
+    if (size < 0) return emulator_error(kInvalid, "%s: %s has a negative size", op, parameter);
+  }
+  if (ElementCount(tensor.shape) == 0) return 0;
   int64_t low = tensor.offset, high = tensor.offset;  // elements from the storage's base
   for (size_t i = 0; i < tensor.shape.size(); ++i) {
-    if (tensor.shape[i] < 0) return emulator_error(kInvalid, "%s: %s has a negative size", op, parameter);
-    if (tensor.shape[i] == 0) return 0;
-    (tensor.strides[i] < 0 ? low : high) += (tensor.shape[i] - 1) * tensor.strides[i];
+    int64_t& end = tensor.strides[i] < 0 ? low : high;
+    end = Reach(end, tensor.shape[i] - 1, tensor.strides[i]);
   }
-  int64_t elements = 1;
-  for (const int64_t size : tensor.storage) elements *= size;
+  // More has no place in memory, and its bits none in an int64_t.
+  const int64_t elements = std::min(ElementCount(tensor.storage), INT64_MAX / 256);
   if (low < 0 || high >= elements) {
     return emulator_error(kInvalid, "%s: %s reaches from element %lld to %lld, but its storage has %lld", op,
                           parameter, static_cast<long long>(low), static_cast<long long>(high),
@@ -170,6 +191,7 @@ int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor) 
 }
 
 bool IsLiveTensor(const aclTensor* tensor) { return IsLive(tensor); }
+bool IsLiveIntArray(const aclIntArray* array) { return IsLive(array); }
 
 }  // namespace emulator
 

@@ -56,12 +56,16 @@ namespace emulator {
 // Bits of one element; 0 for a dtype that the emulator does not know.
 int ElementBits(aclDataType dtype);
 
+// The product of sizes, of which a negative one counts as 0; the largest int64_t where it does not fit.
+int64_t ElementCount(const std::vector<int64_t>& sizes);
+
 // Zero, or 161002 with a message that names `op` and `parameter`: the tensor's view must stay inside its
 // storage, and its storage inside one live allocation of the current device. An empty view is fine.
 int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor);
 
-// False for what was destroyed, or never was a tensor.
+// False for what was destroyed, or never was a tensor (an array).
 bool IsLiveTensor(const aclTensor* tensor);
+bool IsLiveIntArray(const aclIntArray* array);
 
 // Takes the executor over to the caller of phase 1 (counted as live). `executor` must not be null.
 void Publish(aclOpExecutor made, uint64_t* workspace_size, aclOpExecutor** executor);

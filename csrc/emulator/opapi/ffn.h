@@ -54,7 +54,8 @@ struct FfnPlan {
   bool tokens_index_flag;
   bool list;  // versions 1 and 2: the tokens are in token_list
   std::vector<int64_t> token_list;
-  bool empty;  // x has no element: nothing to do
+  bool empty;           // x has no element: nothing to do
+  bool private_format;  // of x, a weight or y; the 310P takes it, the emulator's phase 2 does not
 };
 
 bool IsAscend310P();

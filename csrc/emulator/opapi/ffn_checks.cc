@@ -4,7 +4,6 @@
 #include <strings.h>
 
 #include <cstring>
-#include <numeric>
 
 #include "emulator/opapi/ffn.h"
 
@@ -40,28 +39,21 @@ constexpr Name kActivations[] = {{"fastgelu", Activation::kFastGelu}, {"gelu", A
 
 bool IsGlu(Activation activation) { return activation >= Activation::kGeglu; }
 
-bool IsPrivate(aclFormat format) {
-  switch (format) {
-    case ACL_FORMAT_NC1HWC0:
-    case ACL_FORMAT_FRACTAL_Z:
-    case ACL_FORMAT_NC1HWC0_C04:
-    case ACL_FORMAT_NDC1HWC0:
-    case ACL_FRACTAL_Z_3D:
-      return true;
-    case ACL_FORMAT_FRACTAL_NZ:
-    case ACL_FORMAT_FRACTAL_NZ_C0_16:
-    case ACL_FORMAT_FRACTAL_NZ_C0_32:
-    case ACL_FORMAT_FRACTAL_NZ_C0_2:
-    case ACL_FORMAT_FRACTAL_NZ_C0_4:
-    case ACL_FORMAT_FRACTAL_NZ_C0_8:
-      return !IsAscend310P();
-    default:
-      return format < ACL_FORMAT_NCHW || format > ACL_FORMAT_FRACTAL_NZ_C0_8;
-  }
+bool IsKnown(aclFormat format) { return format >= ACL_FORMAT_NCHW && format <= ACL_FORMAT_FRACTAL_NZ_C0_8; }
+
+bool IsNz(aclFormat format) {
+  return format == ACL_FORMAT_FRACTAL_NZ ||
+         (format >= ACL_FORMAT_FRACTAL_NZ_C0_16 && format <= ACL_FORMAT_FRACTAL_NZ_C0_8);
 }
 
-int64_t Product(const std::vector<int64_t>& sizes) {
-  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, [](int64_t a, int64_t b) { return a * b; });
+bool IsPrivate(aclFormat format) {
+  return IsNz(format) || format == ACL_FORMAT_NC1HWC0 || format == ACL_FORMAT_FRACTAL_Z ||
+         format == ACL_FORMAT_NC1HWC0_C04 || format == ACL_FORMAT_NDC1HWC0 || format == ACL_FRACTAL_Z_3D;
+}
+
+// All sizes but the last: M of x.
+int64_t Rows(const std::vector<int64_t>& shape) {
+  return shape.empty() ? 0 : ElementCount({shape.begin(), shape.end() - 1});
 }
 
 // The checks of one call. Each method returns the status of the first rule it finds broken, 0 when there is
@@ -112,6 +104,9 @@ class Checks {
         return Fail(kInvalid, static_cast<Parameter>(p), "was destroyed");
       }
     }
+    if (call_.token_list != nullptr && !IsLiveIntArray(call_.token_list)) {
+      return Fail(kInvalid, kExpertTokens, "was destroyed");
+    }
     if (has(kDeqScale1) && has(kDeqScale2) && dtype(kDeqScale1) != dtype(kDeqScale2)) {
       return Fail(kInvalid, "deqScale1 and deqScale2 differ in dtype");
     }
@@ -136,22 +131,25 @@ class Checks {
     }
     if (!plan_.list) return 0;
     plan_.token_list = call_.token_list->values;
-    const auto& x = t(kX).shape;
-    const int64_t M = x.empty() ? 0 : Product({x.begin(), x.end() - 1});
     int64_t total = 0, before = 0;
     for (const int64_t value : plan_.token_list) {
       if (value < 0) return Fail(kInvalid, "expertTokens has a negative value");
       if (call_.tokens_index_flag && value < before) return Fail(kInvalid, "expertTokens decreases");
-      total = call_.tokens_index_flag ? value : total + value;
+      total = call_.tokens_index_flag ? value : value > INT64_MAX - total ? INT64_MAX : total + value;
       before = value;
     }
-    return total == M ? 0 : Fail(kInvalid, "expertTokens does not add up to the rows of x");
+    return total == Rows(t(kX).shape) ? 0 : Fail(kInvalid, "expertTokens does not add up to the rows of x");
   }
 
   // Steps 8 to 16
   int Shapes() {
     for (const Parameter p : {kX, kWeight1, kWeight2, kY}) {
-      if (IsPrivate(t(p).format)) return Fail(kInvalid, p, "has a private format");
+      const aclFormat format = t(p).format;
+      if (!IsKnown(format)) return Fail(kInvalid, p, "has an unknown format");
+      if (IsPrivate(format) && !(IsNz(format) && IsAscend310P())) {
+        return Fail(kInvalid, p, "has a private format");
+      }
+      plan_.private_format |= IsNz(format);
     }
     if (rank(kY) != rank(kX)) return Fail(kInvalid, "y and x differ in rank");
     if (rank(kX) < 2 || rank(kX) > 8) return Fail(kInvalid, "x must have 2 to 8 dimensions");
@@ -161,7 +159,7 @@ class Checks {
         return Fail(kInvalid, p, experts() ? "must have 3 dimensions" : "must have 2 dimensions");
     }
     const auto &x = t(kX).shape, &w1 = t(kWeight1).shape, &w2 = t(kWeight2).shape;
-    plan_.M = Product({x.begin(), x.end() - 1});
+    plan_.M = Rows(x);
     plan_.K1 = w1[weight_rank - 2];
     plan_.N1 = w1[weight_rank - 1];
     plan_.K2 = w2[weight_rank - 2];
@@ -176,9 +174,9 @@ class Checks {
     } else {
       if (plan_.K1 != plan_.N2) return Fail(kInvalid, "K1 must be N2");
       if (plan_.N1 != plan_.K2) return Fail(kInvalid, "N1 must be K2");
+      if (const int status = First(kWeight1)) return status;
+      if (const int status = First(kWeight2)) return status;
     }
-    if (experts() && (w1[0] != plan_.E || w2[0] != plan_.E))
-      return Fail(kInvalid, "the weights must have E experts");
     if (const int status = PerExpert(kBias1, plan_.N1)) return status;
     return PerExpert(kBias2, plan_.N2);
   }
@@ -186,10 +184,21 @@ class Checks {
   // [N], or [E, N] with experts; absent is fine.
   int PerExpert(Parameter p, int64_t N) const {
     if (!has(p)) return 0;
-    if (rank(p) != (experts() ? 2u : 1u)) return Fail(kInvalid, p, "has the wrong rank");
-    if (t(p).shape.back() != N) return Fail(kInvalid, p, "has the wrong last size");
-    if (experts() && t(p).shape[0] != plan_.E) return Fail(kInvalid, p, "must have E experts");
-    return 0;
+    if (const int status = Rank(p)) return status;
+    if (const int status = Last(p, N)) return status;
+    return First(p);
+  }
+
+  int Rank(Parameter p) const {
+    return rank(p) == (experts() ? 2u : 1u) ? 0 : Fail(kInvalid, p, "has the wrong rank");
+  }
+
+  int Last(Parameter p, int64_t N) const {
+    return t(p).shape.back() == N ? 0 : Fail(kInvalid, p, "has the wrong last size");
+  }
+
+  int First(Parameter p) const {
+    return !experts() || t(p).shape[0] == plan_.E ? 0 : Fail(kInvalid, p, "must have E experts");
   }
 
   int Bias(aclDataType wanted) const {
@@ -270,9 +279,19 @@ class Checks {
     if (dtype(kScale) != ACL_FLOAT) return Fail(kInvalid, kScale, "must be float32");
     if (dtype(kOffset) != ACL_FLOAT) return Fail(kInvalid, kOffset, "must be float32");
     if (const int status = NoAntiquant()) return status;
-    if (const int status = PerExpert(kDeqScale1, plan_.N1)) return status;
-    if (const int status = PerExpert(kDeqScale2, plan_.N2)) return status;
+    if (const int status = Rank(kDeqScale1)) return status;
+    if (const int status = Rank(kDeqScale2)) return status;
     if (rank(kOffset) != 1) return Fail(kInvalid, kOffset, "must have 1 dimension");
+    if (const int status = Last(kDeqScale1, plan_.N1)) return status;
+    if (const int status = Last(kDeqScale2, plan_.N2)) return status;
+    if (const int status = Scale()) return status;
+    if (t(kOffset).shape[0] != (experts() ? plan_.E : 1))
+      return Fail(kInvalid, kOffset, "must be [1] or [E]");
+    if (const int status = First(kDeqScale1)) return status;
+    return First(kDeqScale2);
+  }
+
+  int Scale() {
     const auto& scale = t(kScale).shape;
     if (experts()) {
       if (scale.empty() || scale.size() > 2 || scale[0] != plan_.E)
@@ -284,11 +303,9 @@ class Checks {
         return Fail(kInvalid, kScale, "must be [1] or [N1]");
       plan_.smooth = scale[0] == plan_.N1 && plan_.N1 != 1;
     }
-    if (plan_.smooth && deq == ACL_FLOAT)
-      return Fail(kInvalid, kScale, "per channel excludes a float32 deqScale");
-    if (t(kOffset).shape[0] != (experts() ? plan_.E : 1))
-      return Fail(kInvalid, kOffset, "must be [1] or [E]");
-    return 0;
+    return plan_.smooth && dtype(kDeqScale1) == ACL_FLOAT
+               ? Fail(kInvalid, kScale, "per channel excludes a float32 deqScale")
+               : 0;
   }
 
   int Antiquant(aclDataType parameters, aclDataType bias) {
@@ -312,13 +329,13 @@ class Checks {
     if (t(kAntiquantOffset2).shape != t(kAntiquantScale2).shape)
       return Fail(kInvalid, kAntiquantOffset2, "must have its scale's shape");
     const auto &scale1 = t(kAntiquantScale1).shape, &scale2 = t(kAntiquantScale2).shape;
-    if (scale1.back() != plan_.N1) return Fail(kInvalid, kAntiquantScale1, "must end with N1");
-    if (scale2.back() != plan_.N2) return Fail(kInvalid, kAntiquantScale2, "must end with N2");
+    if (const int status = Last(kAntiquantScale1, plan_.N1)) return status;
+    if (const int status = Last(kAntiquantScale2, plan_.N2)) return status;
     if (dtype(kWeight1) == ACL_INT4 && (plan_.N1 % 2 != 0 || plan_.N2 % 2 != 0)) {
       return Fail(kInvalid, "N1 and N2 must be even for int4");
     }
-    if (experts() && (scale1[0] != plan_.E || scale2[0] != plan_.E))
-      return Fail(kInvalid, "the antiquant tensors must have E experts");
+    if (const int status = First(kAntiquantScale1)) return status;
+    if (const int status = First(kAntiquantScale2)) return status;
     if (found == per_channel) return 0;
     const int64_t G1 = scale1[found - 2], G2 = scale2[found - 2];
     if (G1 < 1 || G2 < 1 || plan_.K1 % G1 != 0 || plan_.K2 % G2 != 0) {
@@ -362,7 +379,7 @@ class Checks {
     const int64_t block = dtype(kX) == ACL_INT8 ? 32 : 16;
     if (plan_.M > INT32_MAX / block * block) return Fail(kTiling, "x has too many rows");
     if (experts()) {
-      const int64_t values = has(kExpertTokens) ? Product(t(kExpertTokens).shape) : plan_.E;
+      const int64_t values = has(kExpertTokens) ? ElementCount(t(kExpertTokens).shape) : plan_.E;
       if (values != plan_.E) return Fail(kTiling, "expertTokens must have E values");
       if (plan_.E > 256) return Fail(kTiling, "there may be 256 experts at most");
       if (has(kExpertTokens) && dtype(kExpertTokens) != ACL_INT64)
@@ -370,7 +387,7 @@ class Checks {
     }
     if (plan_.pipeline == Pipeline::kGlu && dtype(kY) != ACL_FLOAT16)
       return Fail(kTiling, kY, "must be float16");
-    if (t(kY).shape != t(kX).shape && !(Product(t(kX).shape) == 1 && Product(t(kY).shape) == 1)) {
+    if (t(kY).shape != t(kX).shape && !(ElementCount(t(kX).shape) == 1 && ElementCount(t(kY).shape) == 1)) {
       return Fail(kTiling, kY, "must have the shape of x");
     }
     return 0;

@@ -32,7 +32,7 @@ float Half(float value, bool ties_away) {
   float rounded;
   if (magnitude < 0x1p-14f) {  // subnormal halves are multiples of 2^-24
     const float steps = magnitude * 0x1p24f;
-    rounded = (ties_away ? std::floor(steps + 0.5f) : std::nearbyint(steps)) * 0x1p-24f;
+    rounded = (ties_away ? std::round(steps) : std::nearbyint(steps)) * 0x1p-24f;
   } else {  // 13 of the 23 mantissa bits go
     const uint32_t bits = Bits(magnitude);
     rounded = FromBits((bits + (ties_away ? 0x1000u : 0xfffu + (bits >> 13 & 1))) & ~0x1fffu);
@@ -70,6 +70,10 @@ uint16_t ToHalf(float value) {
   if (std::isinf(value)) return static_cast<uint16_t>(sign | 0x7c00u);
   if (magnitude < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<uint32_t>(magnitude * 0x1p24f));
   return static_cast<uint16_t>(sign | ((bits >> 13 & 0x3ffffu) - (112u << 10)));
+}
+
+uint16_t ToBf16(float value) {  // that Bf16Rne or Bf16Rha has rounded
+  return static_cast<uint16_t>(Bits(value) >> 16 | (std::isnan(value) ? 0x40u : 0u));
 }
 
 // One step of e.2 after another; `r` rounds each to the arithmetic's dtype, constants included.
@@ -112,11 +116,9 @@ class Elements {
   explicit Elements(const aclTensor& tensor)
       : tensor_(tensor),
         base_(static_cast<char*>(emulator_host_view(tensor.data, 0))),
-        index_(tensor.shape.size()) {
-    count_ = 1;
-    for (const int64_t size : tensor.shape) count_ *= size;
-    position_ = tensor.offset;
-  }
+        index_(tensor.shape.size()),
+        count_(ElementCount(tensor.shape)),
+        position_(tensor.offset) {}
 
   int64_t count() const { return count_; }
 
@@ -199,7 +201,7 @@ std::vector<int64_t> Integers(const aclTensor& tensor) {
 }
 
 // deq_scale as multipliers (e.4). uint64 and int64 hold float32 bits below, of which the device uses 19;
-// float32 goes the same way. `all_bits`: the N1 == 0 path uses them all.
+// float32 goes the same way. `all_bits`: the N1 == 0 path uses all 32.
 std::vector<float> Multipliers(const aclTensor& tensor, bool all_bits) {
   if (tensor.dtype == ACL_BF16) return Floats(tensor);
   std::vector<float> values;
@@ -207,7 +209,7 @@ std::vector<float> Multipliers(const aclTensor& tensor, bool all_bits) {
   elements.ForEach([&](int64_t i) {
     const uint32_t bits = tensor.dtype == ACL_FLOAT ? elements.Load<uint32_t>(i)
                                                     : static_cast<uint32_t>(elements.Load<uint64_t>(i));
-    values.push_back(FromBits(all_bits && tensor.dtype != ACL_FLOAT ? bits : bits & 0xffffe000u));
+    values.push_back(FromBits(all_bits ? bits : bits & 0xffffe000u));
   });
   return values;
 }
@@ -382,6 +384,9 @@ class Ffn {
 
 int RunFfn(const FfnPlan& plan, const std::vector<aclTensor>& tensors) {
   if (plan.empty) return 0;
+  if (plan.private_format) {
+    return emulator_error(561000, "FFN: the emulator does not know how FRACTAL_NZ lies in memory");
+  }
   std::vector<int64_t> ends;
   if (!RowEnds(plan, tensors[kExpertTokens], &ends)) {
     return emulator_error(561000, "FFN: expertTokens does not fit the %lld rows of x (undefined on a device)",
@@ -399,7 +404,7 @@ int RunFfn(const FfnPlan& plan, const std::vector<aclTensor>& tensors) {
     if (e == ends.size()) return;  // no expert's row: untouched
     if (n == 0) row = ffn.Row(m, static_cast<int64_t>(e));
     const float value = row[static_cast<size_t>(n)];
-    y.Store(position, bf16 ? static_cast<uint16_t>(Bits(value) >> 16) : ToHalf(value));
+    y.Store(position, bf16 ? ToBf16(value) : ToHalf(value));
   });
   return 0;
 }
