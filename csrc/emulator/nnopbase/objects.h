@@ -19,7 +19,7 @@ struct aclTensor {
 };
 struct aclScalar {
   aclDataType dtype;
-  unsigned char value[16];
+  alignas(16) unsigned char value[16];  // of any of the types
 };
 struct aclIntArray {
   std::vector<int64_t> values;
