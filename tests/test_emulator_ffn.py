@@ -240,3 +240,16 @@ def test_a_row_of_bias2_uses_all_bits_of_deq_scale2() -> None:
         with device() as d:
             y = compute(d, Call(specs, "relu", 0, "ascend910b"), arrays)
         np.testing.assert_array_equal(y, [[1025], [1025]])
+
+
+def test_a_row_of_bias2_stays_nan_in_bfloat16() -> None:
+    """N1 == 0: the upper half of this NaN's bits is infinity."""
+    shapes = {"x": (2, 1), "weight1": (1, 0), "weight2": (0, 1)}
+    specs = {name: Spec("bfloat16", shape) for name, shape in shapes.items()} | {
+        "bias2": Spec("float32", (1,))
+    }
+    arrays = {name: np.zeros(spec.shape, numpy_dtype(spec.dtype)) for name, spec in specs.items()}
+    arrays["bias2"] = np.array([0x7F800001], np.uint32).view(np.float32)
+    with device() as d:
+        y = compute(d, Call(specs, "relu", 0, "ascend910b"), arrays)
+    assert np.isnan(y.astype(np.float32)).all()
