@@ -12,11 +12,9 @@
 namespace {
 
 constexpr int kMostDevices = 64;
-std::string soc = "Ascend910B1";
+std::string& soc = *new std::string("Ascend910B1");  // never destroyed: threads ask while the process ends
 int device_count = 2;
-struct Context {
-  int device;
-} contexts[kMostDevices];
+char contexts[kMostDevices];  // a device's context is the address of its element
 thread_local int current_device = -1;
 
 // Cores of the cube and of the vector unit, as the SoCs have them (contract f for 910B3; 24 and 48 on 910B1
@@ -90,14 +88,13 @@ aclError aclrtGetDevice(int32_t* device) {
 aclError aclrtGetCurrentContext(aclrtContext* context) {
   CALL();
   if (current_device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
-  contexts[current_device].device = current_device;
   *context = &contexts[current_device];
   return 0;
 }
 
 aclError aclrtSetCurrentContext(aclrtContext context) {
   CALL();
-  auto* const chosen = static_cast<Context*>(context);
+  auto* const chosen = static_cast<char*>(context);
   if (chosen < contexts || chosen >= contexts + device_count) {
     return emulator_error(emulator::kContextNull, "%s: %p is no context", __func__, context);
   }
