@@ -34,3 +34,7 @@ EMULATOR_API void* emulator_host_view(const void* device, size_t size);
 // launch.
 EMULATOR_API int emulator_enqueue(aclrtStream stream, const char* name, int (*task)(void*),
                                   void (*drop)(void*), void* context);
+
+// Calls hook() before each descriptor of the older interface (aclop) is made, which torch_npu does on the
+// caller's thread, for what it finds no aclnn function for: where aten/ refuses such a call, by an exception.
+EMULATOR_API void emulator_before_aclop(void (*hook)());

@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 
 namespace emulator {
@@ -59,6 +60,29 @@ at::Tensor View(const aclTensor& tensor) {
   void* data = emulator_host_view(static_cast<char*>(tensor.data) + tensor.offset * item, 0);
   return at::from_blob(data, tensor.shape, tensor.strides, at::TensorOptions().dtype(type));
 }
+
+// torch's operators that run on this thread, each called by the one before it.
+thread_local std::vector<std::string> running;
+
+std::unique_ptr<at::ObserverContext> Enter(const at::RecordFunction& call) {
+  running.push_back(call.name());
+  return nullptr;
+}
+
+void Leave(const at::RecordFunction&, at::ObserverContext*) { running.pop_back(); }
+
+// Where an operator has no aclnn function, torch_npu takes aclop instead if it has that, whose errors come
+// late, from its queue. So the call ends here, under the name of the operator that needed it.
+void RefuseAclop() {
+  TORCH_CHECK(running.empty(), running.back(), " is not emulated: torch_npu found no aclnn function for it ",
+              "and took aclop (operators.txt lists the functions that there are)");
+}
+
+[[maybe_unused]] const bool watching = [] {
+  at::addGlobalCallback(at::RecordFunctionCallback(&Enter, &Leave).scopes({at::RecordScope::FUNCTION}));
+  emulator_before_aclop(&RefuseAclop);
+  return true;
+}();
 
 }  // namespace
 

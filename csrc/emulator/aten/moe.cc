@@ -6,14 +6,17 @@
 #include <ATen/ops/_unique2.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bincount.h>
+#include <ATen/ops/bitwise_right_shift.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/nonzero.h>
+#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/stack.h>
@@ -44,6 +47,9 @@ at::Tensor ExpertIdx(const at::Tensor& indices, const at::Tensor& x, const Maybe
   if (!finished) return indices;
   return indices.masked_fill(finished->unsqueeze(-1), x.size(-1));
 }
+
+// Of a float32, what the device's scales keep: sign, exponent, and 10 bits of the fraction.
+constexpr int64_t kUpper19 = 0xffffe000;
 
 at::Tensor ToInt8(const at::Tensor& values) { return values.round().clamp(-128, 127).to(at::kChar); }
 
@@ -219,11 +225,14 @@ std::vector<std::pair<int64_t, int64_t>> GroupRows(const Grouped& call, int64_t 
   return ranges;
 }
 
-// Parameters per group come as one tensor for all groups, or as one tensor for each.
-at::Tensor OfGroup(const Tensors& list, size_t group) {
+// A parameter of one group: a row of the first tensor where one tensor holds all groups, else a tensor of its
+// own.
+at::Tensor OfGroup(const Grouped& call, const Tensors& list, size_t group) {
   if (list.empty() || !list[0].defined()) return {};
-  if (list.size() > 1) return list[group];
-  return list[0].dim() >= 2 ? list[0][static_cast<int64_t>(group)] : list[0];
+  if (!call.Stacked()) return list.at(group);
+  TORCH_CHECK(list[0].dim() >= 2, "a parameter has shape ", list[0].sizes(),
+              ", but the one for all groups has the groups first");
+  return list[0][static_cast<int64_t>(group)];
 }
 
 at::Tensor Activate(const at::Tensor& y, int64_t activation) {
@@ -243,42 +252,79 @@ at::Tensor Activate(const at::Tensor& y, int64_t activation) {
   }
 }
 
-// A scale that carries float32 bits in the low half of 64, as npu_trans_quant_param packs it, or numbers as
-// they are.
+// A scale as a number, or as 64 bits whose low half is a float32 (npu_trans_quant_param), of which the device
+// reads the upper 19.
 at::Tensor Unpacked(const at::Tensor& scale) {
   if (scale.scalar_type() != at::kLong && scale.scalar_type() != at::kUInt64) return scale.to(at::kFloat);
-  return scale.view(at::kLong).bitwise_and(0xffffffff).to(at::kInt).view(at::kFloat);
+  return scale.view(at::kLong).bitwise_and(kUpper19).to(at::kInt).view(at::kFloat);
+}
+
+// Eight int4 in each int32, the lowest bits first.
+at::Tensor UnpackedInt4(const at::Tensor& packed) {
+  const at::Tensor shifts = at::arange(0, 32, 4, at::kInt);
+  const at::Tensor nibbles = at::bitwise_right_shift(packed.unsqueeze(-1), shifts).bitwise_and(15);
+  return (nibbles.bitwise_xor(8) - 8).flatten(-2);  // 8 to 15 stand for -8 to -1
+}
+
+// (w + offset) * scale in x's dtype, rounded as FFN does it (contract e.5): float16 at each step, bfloat16 at
+// the end. scale and offset are one row, or one for each of G groups of rows.
+at::Tensor Dequantised(const Grouped& call, const at::Tensor& weight, size_t group, at::ScalarType x_type) {
+  const at::Tensor scale = OfGroup(call, call.antiquant_scale, group);
+  TORCH_CHECK(scale.defined(), "weight is ", weight.scalar_type(), ", but antiquant_scale is missing");
+  const bool int4 = weight.scalar_type() == at::kInt;
+  TORCH_CHECK(int4 || scale.dim() == 1, "antiquant_scale has groups along K, which only int4 weights take");
+  const at::Tensor w = int4 ? UnpackedInt4(weight) : weight;
+  const at::ScalarType type = x_type == at::kHalf ? at::kHalf : at::kFloat;
+  const auto for_each_row = [&](const at::Tensor& parameter) {
+    const at::Tensor rows = parameter.to(type).reshape({-1, w.size(1)});
+    TORCH_CHECK(w.size(0) % rows.size(0) == 0, "K is ", w.size(0), ", but has ", rows.size(0), " groups");
+    return at::repeat_interleave(rows, w.size(0) / rows.size(0), 0);
+  };
+  at::Tensor values = w.to(type);
+  if (const at::Tensor offset = OfGroup(call, call.antiquant_offset, group); offset.defined()) {
+    values = values + for_each_row(offset);
+  }
+  return (values * for_each_row(scale)).to(x_type);
+}
+
+// int8 by int8: exact until the scales.
+at::Tensor QuantisedProduct(const Grouped& call, const at::Tensor& x, const at::Tensor& weight, size_t group,
+                            const at::Tensor& per_token) {
+  TORCH_CHECK(weight.scalar_type() == at::kChar, "x is int8 and weight ", weight.scalar_type(),
+              ", which is not emulated (use int8)");
+  const at::Tensor bias = OfGroup(call, call.bias, group), scale = OfGroup(call, call.scale, group);
+  const at::ScalarType type = call.y[0].scalar_type();
+  TORCH_CHECK(!OfGroup(call, call.offset, group).defined() && type != at::kChar,
+              "results in int8 are not emulated");
+  TORCH_CHECK(scale.defined() == (type != at::kInt) && (scale.defined() || !per_token.defined()),
+              "x is int8 and y ", type, ", but y is int32 without scales, and only then");
+  at::Tensor y = x.to(at::kDouble).matmul(weight.to(at::kDouble));
+  const bool integral = bias.defined() && bias.scalar_type() == at::kInt;
+  if (integral) y = y + bias;
+  if (!scale.defined()) return y;
+  y = y.to(at::kFloat) * Unpacked(scale);
+  if (per_token.defined()) y = y * per_token.unsqueeze(-1);
+  return bias.defined() && !integral ? y + bias.to(at::kFloat) : y;
 }
 
 at::Tensor MatmulOfGroup(const Grouped& call, const at::Tensor& x, const at::Tensor& weight, size_t group,
                          const at::Tensor& per_token) {
-  const at::Tensor bias = OfGroup(call.bias, group), scale = OfGroup(call.scale, group);
-  at::Tensor y;
-  if (x.scalar_type() == at::kChar && weight.scalar_type() == at::kChar) {
-    y = x.to(at::kDouble).matmul(weight.to(at::kDouble));  // exact: every sum of int8 products fits
-    const bool integral = bias.defined() && bias.scalar_type() == at::kInt;
-    if (integral) y = y + bias;
-    if (scale.defined()) y = y.to(at::kFloat) * Unpacked(scale);
-    if (per_token.defined()) y = y * per_token.unsqueeze(-1);
-    if (bias.defined() && !integral) y = y + bias.to(at::kFloat);
-  } else {
-    at::Tensor w = weight.to(at::kFloat);
-    if (const at::Tensor antiquant = OfGroup(call.antiquant_scale, group); antiquant.defined()) {
-      TORCH_CHECK(antiquant.dim() == 1, "antiquant_scale has groups along K, which is not emulated");
-      if (const at::Tensor shift = OfGroup(call.antiquant_offset, group); shift.defined())
-        w = w + shift.to(at::kFloat);
-      w = w * antiquant.to(at::kFloat);
-    }
-    y = x.to(at::kFloat).matmul(w);
-    if (bias.defined()) y = y + bias.to(at::kFloat);
+  if (x.scalar_type() == at::kChar) {
+    return Activate(QuantisedProduct(call, x, weight, group, per_token), call.activation);
   }
-  return Activate(y.to(at::kFloat), call.activation);
+  TORCH_CHECK(call.activation == 0, "act_type is ", call.activation, ", but x must be int8 for that");
+  const bool floating = c10::isFloatingType(weight.scalar_type());
+  const at::Tensor w = floating ? weight : Dequantised(call, weight, group, x.scalar_type());
+  const at::Tensor y = x.to(at::kFloat).matmul(w.to(at::kFloat)), bias = OfGroup(call, call.bias, group);
+  return bias.defined() ? y + bias.to(at::kFloat) : y;
 }
 
 }  // namespace
 
+bool Grouped::Stacked() const { return weight.size() == 1 && weight[0].dim() == 3; }
+
 std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call) {
-  const bool stacked = call.weight.size() == 1 && call.weight[0].dim() == 3;
+  const bool stacked = call.Stacked();
   const auto groups = static_cast<int64_t>(stacked ? static_cast<size_t>(call.weight[0].size(0))
                                                    : std::max(call.weight.size(), call.x.size()));
   const bool ranged = call.group_list && call.group_list->numel() > 0 && call.x.size() == 1;
@@ -318,6 +364,22 @@ std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call) {
 at::Tensor SwiGlu(const at::Tensor& x, int64_t dim) {
   const auto halves = x.to(at::kFloat).chunk(2, dim);
   return at::silu(halves[0]) * halves[1];
+}
+
+at::Tensor SwiGluGrad(const at::Tensor& grad, const at::Tensor& x, int64_t dim) {
+  const auto halves = x.to(at::kFloat).chunk(2, dim);
+  const at::Tensor g = grad.to(at::kFloat);
+  return at::cat({at::silu_backward(g * halves[1], halves[0]), g * at::silu(halves[0])}, dim);
+}
+
+at::Tensor TransQuantParam(const at::Tensor& scale, const Maybe& offset) {
+  // Bits 0 to 31: the scale as float32, its lower 13 bits unused. 37 to 45: the offset, in two's complement
+  // of 9 bits. 46: always set.
+  at::Tensor bits = scale.contiguous().view(at::kInt).to(at::kLong).bitwise_and(kUpper19);
+  bits = bits.bitwise_or(at::Scalar(int64_t{1} << 46));
+  if (!offset) return bits;
+  const at::Tensor shift = offset->round().clamp(-256, 255).to(at::kLong).bitwise_and(0x1ff);
+  return bits.bitwise_or(shift * (int64_t{1} << 37));
 }
 
 Three DynamicQuant(const at::Tensor& x, const Maybe& smooth, const Maybe& group_index, bool symmetric) {

@@ -41,11 +41,16 @@ struct Grouped {
   Maybe group_list;
   int64_t group_type, list_type, activation;
   Tensors y;
+
+  bool Stacked() const;  // one weight of three axes, not one for each group; parameters are stacked like it
 };
 // The results of all groups; the other two outputs of the operator are reserved and stay empty.
 std::tuple<Tensors, Tensors, Tensors> GroupedMatmul(const Grouped& call);
 
 at::Tensor SwiGlu(const at::Tensor& x, int64_t dim);
+at::Tensor SwiGluGrad(const at::Tensor& grad, const at::Tensor& x, int64_t dim);
+// A scale, and an offset for requantisation, as the 64 bits that products of int8 read.
+at::Tensor TransQuantParam(const at::Tensor& scale, const Maybe& offset);
 // y, scale and (when not symmetric) offset, for each row of the last axis.
 Three DynamicQuant(const at::Tensor& x, const Maybe& smooth, const Maybe& group_index, bool symmetric);
 

@@ -15,10 +15,17 @@ struct aclTensorDesc {
 struct aclDataBuffer {};
 struct aclopAttr {};
 
+namespace {
+void (*before_aclop)() = [] {};
+}  // namespace
+
+EMULATOR_API void emulator_before_aclop(void (*hook)()) { before_aclop = hook; }
+
 extern "C" {
 #pragma GCC visibility push(default)
 
 aclTensorDesc* aclCreateTensorDesc(aclDataType dtype, int rank, const int64_t* shape, aclFormat format) {
+  before_aclop();
   return new aclTensorDesc{dtype, format, std::vector<int64_t>(shape, shape + rank)};
 }
 void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
