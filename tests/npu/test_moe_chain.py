@@ -6,12 +6,16 @@ Row order numbers choice j of token i as i * K + j, column order as j * N + i; c
 chain B in row order.
 """
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_npu
+from process import run
 
 import ffn_ops
 
@@ -73,6 +77,20 @@ def test_gating_top_k_softmax(leading: tuple[int, ...], with_finished: bool):
     assert expert_idx.dtype == row_idx.dtype == torch.int32
 
 
+def test_gating_rounds_before_it_chooses():
+    """Weights that are equal in x's dtype are ties: the lower index wins, whatever float32 said."""
+    x = np.array([[1, 1 + 2**-10, 1, 12]], np.float16)
+    p = softmax(x.astype(np.float32))
+    assert p[0, 1] > p[0, 0] and np.float16(p[0, 1]) == np.float16(p[0, 0])  # subnormal numbers
+    for y, expert_idx, _ in (
+        torch_npu.npu_moe_gating_top_k_softmax(npu(x), None, K),
+        torch_npu.npu_moe_gating_top_k_softmax_v2(npu(x), k=K),
+    ):
+        same(expert_idx, np.array([[3, 0, 1]]))
+        assert y.dtype == torch.float16
+        same(y, p.astype(np.float16)[:, [3, 0, 1]])
+
+
 @pytest.mark.parametrize("renorm", [0, 1])
 def test_gating_top_k_softmax_v2(renorm: int):
     x = normal(N, E)
@@ -110,12 +128,10 @@ def route_v3(x: np.ndarray, expert_idx: np.ndarray, **options: Any) -> tuple[tor
     return torch_npu.npu_moe_init_routing_v2(npu(x), npu(expert_idx), **(settings | options))
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
-@pytest.mark.parametrize("first,last", [(0, E), (1, 4)])
+# Pairs of expert and count (kind 2) are described for all experts only.
+@pytest.mark.parametrize("kind,first,last", [(0, 0, E), (0, 1, 4), (1, 0, E), (1, 1, 4), (2, 0, E)])
 def test_init_routing_v3_dropless(kind: int, first: int, last: int):
     x, expert_idx = normal(N, H), routed()
-    if kind == 2 and first > 0:
-        pytest.skip("pairs are described for all experts only")
     expanded_x, row_idx, tokens, _ = route_v3(
         x, expert_idx, active_expert_range=[first, last], expert_tokens_num_type=kind, row_idx_type=0
     )
@@ -163,6 +179,41 @@ def test_init_routing_v3_quantises_each_row():
     same(expanded_x, np.rint(rows / (np.abs(rows).max(1, keepdims=True) / np.float32(127))).astype(np.int8))
 
 
+def test_init_routing_v3_quantises_by_one_scale():
+    x, expert_idx = normal(N, H).astype(np.float16), routed()
+    scale, offset = np.array([80], np.float32), np.array([3], np.float32)
+    expanded_x, _, _, _ = route_v3(
+        x, expert_idx, quant_mode=0, scale=npu(scale), offset=npu(offset), expert_tokens_num_type=1
+    )
+    rows = x[stable_order(expert_idx) // K].astype(np.float32)
+    expected = np.clip(np.rint(rows * scale + offset), -128, 127)
+    assert expected.max() == 127  # saturated
+    same(expanded_x, expected.astype(np.int8))
+
+
+V2 = """
+import json, torch_npu
+x, expert_idx = (torch.tensor(given).npu() for given in {given})
+results = torch_npu.npu_moe_init_routing_v2(
+    x.half(), expert_idx.int(), expert_num={E}, active_expert_range=[0, {E}], expert_tokens_num_flag=True,
+    expert_tokens_num_type=1, active_num=expert_idx.numel(), row_idx_type=0)
+print(json.dumps([result.cpu().tolist() for result in results[:3]]))
+"""
+
+
+def test_init_routing_v2():
+    """torch_npu calls it on a 310P, without dropping, and asks for the groups' ends whatever it was asked."""
+    x, expert_idx = normal(N, H).astype(np.float16), routed()
+    program = V2.format(given=(x.tolist(), expert_idx.tolist()), E=E)
+    done = run(program, soc="Ascend310P3", operators=True)
+    assert done.returncode == 0, done.stderr
+    expanded_x, row_idx, tokens = json.loads(done.stdout.splitlines()[-1])
+    order = stable_order(expert_idx)
+    np.testing.assert_array_equal(expanded_x, x[order // K])
+    np.testing.assert_array_equal(row_idx, np.argsort(order))
+    np.testing.assert_array_equal(tokens, np.cumsum(np.bincount(expert_idx.ravel(), minlength=E)))
+
+
 def test_compute_expert_tokens():
     same(
         torch_npu.npu_moe_compute_expert_tokens(npu(np.array([0, 0, 0, 1, 1, 2], np.int32)), 3),
@@ -203,61 +254,191 @@ def grouped_reference(x: np.ndarray, weight: np.ndarray, counts: np.ndarray) -> 
     return np.concatenate(parts)
 
 
+COUNTS = np.array([4, 0, 3, 2, 2])
+GROUP_LISTS = {  # by group_list_type
+    0: np.cumsum(COUNTS),
+    1: COUNTS,
+    2: np.array([(0, 4), (2, 3), (3, 2), (4, 2), (0, 0)]),  # as routing writes them: used experts, then zeros
+}
+
+
 @pytest.mark.parametrize("split_item", [2, 3])
-@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("kind", GROUP_LISTS)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_grouped_matmul(split_item: int, kind: int, stacked: bool):
-    counts = np.array([4, 0, 3, 2, 2])
     x, weight, bias = normal(N, H), normal(E, H, 6, seed=1), normal(E, 6, seed=2)
     (y,) = torch_npu.npu_grouped_matmul(
         [npu(x)],
         [npu(weight)] if stacked else [npu(w) for w in weight],
         bias=[npu(bias)] if stacked else [npu(b) for b in bias],
-        group_list=npu(counts if kind else np.cumsum(counts)),
+        group_list=npu(GROUP_LISTS[kind]),
         split_item=split_item, group_type=0, group_list_type=kind,
     )  # fmt: skip
-    close(y, grouped_reference(x, weight, counts) + np.repeat(bias, counts, 0), terms=8 * H)
+    close(y, grouped_reference(x, weight, COUNTS) + np.repeat(bias, COUNTS, 0), terms=8 * H)
 
 
 def test_grouped_matmul_of_lists():
     xs, weights = [normal(3, H), normal(5, H, seed=1)], [normal(H, 6, seed=2), normal(H, 6, seed=3)]
-    ys = torch_npu.npu_grouped_matmul(
-        [npu(x) for x in xs], [npu(w) for w in weights], split_item=0, group_type=-1
-    )
-    for y, x, w in zip(ys, xs, weights, strict=True):
-        close(y, x @ w, terms=8 * H)
-
-
-def test_grouped_matmul_quantised():
-    rng = np.random.default_rng(0)
-    counts = np.array([4, 0, 3, 2, 2])
-    x, weight = (rng.integers(-99, 99, size).astype(np.int8) for size in ((N, H), (E, H, 6)))
-    scale, per_token = np.abs(normal(E, 6)), np.abs(normal(N))
-    bf16 = npu(scale).bfloat16()
+    on_npu = [npu(x) for x in xs], [npu(w) for w in weights]
+    expected = [x @ w for x, w in zip(xs, weights, strict=True)]
+    ys = torch_npu.npu_grouped_matmul(*on_npu, split_item=0, group_type=-1)
+    for y, value in zip(ys, expected, strict=True):
+        close(y, value, terms=8 * H)
+    counts = torch.tensor([3, 5]).npu()
     (y,) = torch_npu.npu_grouped_matmul(
-        [npu(x)], [npu(weight)], scale=[bf16], per_token_scale=[npu(per_token)],
-        group_list=npu(np.cumsum(counts)), split_item=2, group_type=0, group_list_type=0,
-        output_dtype=torch.bfloat16,
-    )  # fmt: skip
-    exact = (
-        grouped_reference(x, weight, counts)
-        * np.repeat(bf16.float().cpu().numpy(), counts, 0)
-        * per_token[:, None]
+        *on_npu, group_list=counts, split_item=3, group_type=0, group_list_type=1
     )
-    np.testing.assert_allclose(y.float().cpu().numpy(), exact, rtol=2.0**-8)  # one rounding to bfloat16
+    close(y, np.concatenate(expected), terms=8 * H)
 
-    half, shift = np.abs(normal(E, 6, seed=1)).astype(np.float16), normal(E, 6, seed=2).astype(np.float16)
-    rows = normal(N, H).astype(np.float16)
-    (y,) = torch_npu.npu_grouped_matmul(
-        [npu(rows)], [npu(weight)], antiquant_scale=[npu(half)], antiquant_offset=[npu(shift)],
-        group_list=npu(counts), split_item=2, group_type=0, group_list_type=1,
+
+def test_grouped_matmul_with_host_ends():
+    """The older form: the groups' ends as a list of Python's, several results or one."""
+    x, weight = normal(N, H), normal(E, H, 6, seed=1)
+    expected, ends = grouped_reference(x, weight, COUNTS), np.cumsum(COUNTS).tolist()
+    for split_item in (1, 3):
+        ys = torch_npu.npu_grouped_matmul(
+            [npu(x)], [npu(w) for w in weight], group_list=ends, split_item=split_item
+        )
+        assert [y.shape[0] for y in ys] == (COUNTS.tolist() if split_item == 1 else [N])
+        close(torch.cat(list(ys)), expected, terms=8 * H)
+
+
+def test_grouped_matmul_in_training():
+    """As autograd functions around it call it: dx by transposed weights, dw by groups along K."""
+    x, weight, grad = normal(N, H), normal(E, H, 6, seed=1), normal(N, 6, seed=2)
+    (dx,) = torch_npu.npu_grouped_matmul(
+        [npu(grad)], [npu(weight).transpose(1, 2)], bias=None, group_list=npu(COUNTS),
+        split_item=2, group_type=0, group_list_type=1,
     )  # fmt: skip
-    dequantised = (weight.astype(np.float64) + shift[:, None]) * half[:, None]
-    expected = grouped_reference(rows, dequantised, counts)
-    magnitude = grouped_reference(np.abs(rows), np.abs(dequantised), counts)
-    assert np.all(
-        np.abs(y.cpu().numpy() - expected) <= 2.0**-11 * np.abs(expected) + 2 * H * EPS * magnitude + 2.0**-25
-    )
+    close(dx, grouped_reference(grad, weight.transpose(0, 2, 1), COUNTS), terms=8 * H)
+    (dw,) = torch_npu.npu_grouped_matmul(
+        [npu(x).t()], [npu(grad)], bias=None, group_list=npu(COUNTS),
+        split_item=3, group_type=2, group_list_type=1,
+    )  # fmt: skip
+    parts = np.split(np.arange(N), np.cumsum(COUNTS)[:-1])
+    close(dw, np.stack([x[rows].T @ grad[rows] for rows in parts]), terms=8 * H)
+
+
+def int8(*size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-99, 99, size).astype(np.int8)
+
+
+ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {  # by act_type
+    0: lambda y: y,
+    1: torch.relu,
+    2: lambda y: F.gelu(y, approximate="tanh"),
+    4: lambda y: y * torch.sigmoid(1.702 * y),
+    5: F.silu,
+}
+
+
+@pytest.mark.parametrize("act_type", ACTIVATIONS)
+@pytest.mark.parametrize("kind", GROUP_LISTS)
+def test_grouped_matmul_w8a8(act_type: int, kind: int):
+    """Scales for each row of x and each column of weight; scale is bfloat16 where y is."""
+    x, weight = int8(N, H), int8(E, H, 6, seed=1)
+    scale, per_token = np.abs(normal(E, 6)) / 2**12, np.abs(normal(N))
+    for dtype, given in ((torch.bfloat16, npu(scale).bfloat16()), (torch.float16, npu(scale))):
+        (y,) = torch_npu.npu_grouped_matmul(
+            [npu(x)], [npu(weight)], scale=[given], per_token_scale=[npu(per_token)],
+            group_list=npu(GROUP_LISTS[kind]), split_item=2, group_type=0, group_list_type=kind,
+            act_type=act_type, output_dtype=dtype,
+        )  # fmt: skip
+        columns = np.repeat(given.cpu().double().numpy(), COUNTS, 0)
+        exact = grouped_reference(x, weight, COUNTS) * columns * per_token[:, None]
+        expected = ACTIVATIONS[act_type](torch.from_numpy(exact))
+        # Some float32 steps, then one rounding; the smallest float16 numbers are 2^-24 apart.
+        finfo = torch.finfo(dtype)
+        torch.testing.assert_close(y.cpu().double(), expected, rtol=finfo.eps / 2 + 64 * EPS, atol=2.0**-20)
+
+
+def test_grouped_matmul_w8a8_of_lists():
+    """One weight and one scale for each expert, as expert load balancing keeps them; int32 bias."""
+    x, weight, bias = int8(N, H), int8(E, H, 6, seed=1), int8(E, 6, seed=2).astype(np.int32)
+    scale = npu(np.abs(normal(E, 6))).bfloat16()
+    (y,) = torch_npu.npu_grouped_matmul(
+        [npu(x)], [npu(w) for w in weight], scale=list(scale), bias=[npu(b) for b in bias],
+        group_list=npu(COUNTS), split_item=2, group_type=0, group_list_type=1, output_dtype=torch.bfloat16,
+    )  # fmt: skip
+    exact = grouped_reference(x, weight, COUNTS) + np.repeat(bias, COUNTS, 0)
+    expected = exact * np.repeat(scale.cpu().double().numpy(), COUNTS, 0)
+    np.testing.assert_allclose(y.cpu().double().numpy(), expected, rtol=2.0**-8 + 8 * EPS)
+
+
+def test_grouped_matmul_to_int32():
+    """The sums themselves, for an operator that scales them later; not all of them are float32 numbers."""
+    x, weight = np.full((N, 2048), 127, np.int8), np.full((E, 2048, 6), 127, np.int8)
+    x[:, 0] = 2
+    (y,) = torch_npu.npu_grouped_matmul(
+        [npu(x)], [npu(weight)], group_list=npu(COUNTS), split_item=2, group_type=0, group_list_type=1,
+        output_dtype=torch.int32,
+    )  # fmt: skip
+    expected = 127 * 127 * 2047 + 127 * 2
+    assert int(np.float32(expected)) != expected
+    same(y, np.full((N, 6), expected))
+
+
+@pytest.mark.parametrize("bits,groups", [(8, None), (4, None), (4, 1), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grouped_matmul_of_integer_weights(dtype: torch.dtype, bits: int, groups: int | None):
+    """int4 as vllm-ascend packs it, eight in an int32. Scales for each column, or (int4) for each of the
+    groups along K too. (w + offset) * scale is rounded to float16 after both steps, to bfloat16 once."""
+    n = 16
+    weight = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (E, H, n)).astype(np.int8)
+    shape = (E, n) if groups is None else (E, groups, n)
+    scale = torch.from_numpy(np.abs(normal(*shape, seed=1))).to(dtype)
+    offset = torch.from_numpy(normal(*shape, seed=2)).to(dtype)
+    x = torch.from_numpy(normal(N, H)).to(dtype)
+    given = npu(weight)
+    if bits == 4:
+        given = torch_npu.npu_convert_weight_to_int4pack(npu(weight.astype(np.int32)).flatten(0, 1))
+        given = given.view(E, H, n // 8)
+    (y,) = torch_npu.npu_grouped_matmul(
+        [x.npu()], [given], antiquant_scale=[scale.npu()], antiquant_offset=[offset.npu()],
+        group_list=npu(COUNTS), split_item=2, group_type=0, group_list_type=1, output_dtype=dtype,
+    )  # fmt: skip
+    rows = [t.reshape(E, -1, n).repeat_interleave(H // (groups or 1), 1) for t in (offset, scale)]
+    step = dtype if dtype == torch.float16 else torch.float32
+    dequantised = ((torch.from_numpy(weight).to(step) + rows[0].to(step)) * rows[1].to(step)).to(dtype)
+    w, values = dequantised.double().numpy(), x.double().numpy()
+    expected = grouped_reference(values, w, COUNTS)
+    magnitude = grouped_reference(np.abs(values), np.abs(w), COUNTS)  # of which float32 sums lose a share
+    error = np.abs(y.cpu().double().numpy() - expected)
+    assert np.all(error <= torch.finfo(dtype).eps / 2 * np.abs(expected) + 2 * H * EPS * magnitude + 2.0**-25)
+
+
+REFUSED = {  # what npu_grouped_matmul is given, and what it answers
+    "[h], [q], antiquant_scale=[s.half().unsqueeze(1)]": "antiquant_scale has groups along K",
+    "[h], [q]": "antiquant_scale is missing",
+    "[q[0, :1]], [q.int()], scale=[s], output_dtype=torch.float16": "which is not emulated (use int8)",
+    "[q[0, :1]], [q]": "results in int8 are not emulated",
+}
+
+
+CALL = """
+import torch_npu
+h, q = torch.ones(1, 8).half().npu(), torch.ones(1, 8, 8).to(torch.int8).npu()
+s, counts = torch.ones(1, 8).npu(), torch.ones(1).long().npu()
+torch_npu.npu_grouped_matmul({}, group_list=counts, split_item=2, group_type=0, group_list_type=1)
+torch.npu.synchronize()
+"""
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_what_grouped_matmul_does_not_do_is_named(call: str):
+    done = run(CALL.format(call), operators=True)
+    assert done.returncode != 0
+    message = done.stdout + done.stderr
+    assert "aclnnGroupedMatmulV5: " in message and REFUSED[call] in message, message
+
+
+def test_trans_quant_param():
+    scale, offset = np.abs(normal(16)), 300 * normal(16, seed=1)
+    bits = scale.view(np.uint32).astype(np.int64) & 0xFFFFE000 | 1 << 46
+    same(torch_npu.npu_trans_quant_param(npu(scale)), bits)
+    nine = np.clip(np.rint(offset), -256, 255).astype(np.int64) & 0x1FF
+    assert len({*nine.tolist()} & {0x100, 0xFF}) == 2  # saturated on both sides
+    same(torch_npu.npu_trans_quant_param(npu(scale), npu(offset)), bits | nine << 37)
 
 
 def test_swiglu():
@@ -266,6 +447,16 @@ def test_swiglu():
     close(torch_npu.npu_swiglu(npu(x)), a / (1 + np.exp(-a)) * b)
     a, b = np.split(x[:10], 2, 0)
     close(torch_npu.npu_swiglu(npu(x[:10].copy()), 0), a / (1 + np.exp(-a)) * b)
+
+
+def test_swiglu_backward():
+    x, grad = normal(N, H), normal(N, H // 2, seed=1)
+    on_npu = npu(x).requires_grad_()
+    torch_npu.npu_swiglu(on_npu).backward(npu(grad))
+    a, b = np.split(x.astype(np.float64), 2, -1)
+    s = 1 / (1 + np.exp(-a))
+    assert on_npu.grad is not None
+    close(on_npu.grad, np.concatenate([grad * b * (s + a * s * (1 - s)), grad * a * s], -1))
 
 
 def test_dynamic_quant():
@@ -277,6 +468,12 @@ def test_dynamic_quant():
         close(scale, np.abs(values).max(1) / 127)
         expected = values / np.where(scale.cpu().numpy() == 0, 1, scale.cpu().numpy())[:, None]
         same(y, np.rint(expected).astype(np.int8))
+    each, ends = np.abs(normal(E, H, seed=2)).astype(np.float16), np.cumsum(COUNTS).astype(np.int32)
+    rows = x.astype(np.float16)
+    y, scale = torch_npu.npu_dynamic_quant(npu(rows), smooth_scales=npu(each), group_index=npu(ends))
+    values = rows.astype(np.float32) * np.repeat(each.astype(np.float32), COUNTS, 0)  # one row for each group
+    close(scale, np.abs(values).max(1) / 127)
+    same(y[1:], np.rint(values[1:] / scale.cpu().numpy()[1:, None]).astype(np.int8))
     y, scale, offset = torch_npu.npu_dynamic_quant_asymmetric(npu(x[1:]))
     back = (y.cpu().numpy() - offset.cpu().numpy()[:, None]) * scale.cpu().numpy()[:, None]
     assert np.all(np.abs(back - x[1:]) <= scale.cpu().numpy()[:, None] * (0.5 + 256 * EPS))

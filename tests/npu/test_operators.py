@@ -99,6 +99,7 @@ torch.autograd.grad(F.cross_entropy(x:=a.clone().requires_grad_(),k),x)[0]
 torch.autograd.grad(F.silu(x:=a.clone().requires_grad_()).softmax(1)[:,0].sum(),x)[0]
 torch.autograd.grad(F.embedding(k,x:=a.clone().requires_grad_()).sum(),x)[0]
 torch.autograd.grad(F.mse_loss((x:=a.clone().requires_grad_()).tanh().sigmoid().relu(),b),x)[0]
+F.grouped_mm(f.repeat(2,4),f.repeat(2,4).expand(2,6,16).transpose(1,2),offs=k[:2].int().flip(0)*3)
 a[k[:0]] ; i.double().sum().float()
 """
 RANDOM = (
