@@ -7,9 +7,10 @@ CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja 
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
 ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py \
-	$(wildcard tests/test_emulator_ffn.py)
+	tests/test_emulator_ffn.py tests/test_c_example.py
+ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 
-.PHONY: demo test test-all test-asan test-npu npu-check bench lint build clean
+.PHONY: demo test test-all test-asan test-aarch64 test-npu npu-check bench lint build clean
 
 demo: build
 	.venv/bin/python -m ffn_ops demo
@@ -17,7 +18,7 @@ demo: build
 test: build test-npu
 	.venv/bin/python -m pytest -m "not slow"
 
-test-all: build test-asan test-npu
+test-all: build test-npu test-asan test-aarch64
 	.venv/bin/python -m pytest
 
 bench: build
@@ -47,17 +48,28 @@ lint: .venv/ready
 	$(CMAKE) -B build/werror -DFFN_OPS_WERROR=ON
 	.venv/bin/cmake --build build/werror
 
-# The package with sanitized modules, put before the ordinary one. The sanitizer must be the first library of the
-# process, and libstdc++ the second, or exceptions are not seen. Leaks are Python's and torch's own. --capture=sys: a
-# report on its way to the end of the process must not end in a capture file.
-test-asan: build
+# The package with sanitized modules, put before the ordinary one: first without torch_npu, then what drives the shim
+# with it. The sanitizer must be the first library of the process, and libstdc++ the second, or exceptions are not
+# seen. Leaks are Python's and torch's own. A host access to device memory must stay a SIGSEGV, which tests expect.
+# --capture=sys: a report on its way to the end of the process must not end in a capture file.
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0 PYTHONPATH=build/asan/package:.
+test-asan: build .venv-npu/ready
 	$(CMAKE) -B build/asan -DFFN_OPS_SANITIZE=ON
 	.venv/bin/cmake --build build/asan
 	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
 	cp build/asan/*.so build/asan/package/ffn_ops/
 	cp build/asan/cann/*.so build/asan/package/ffn_ops/emulator/cann/
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/asan/package:. .venv/bin/pytest --capture=sys $(ASAN_TESTS)
+	$(SANITIZED) .venv/bin/pytest --capture=sys $(ASAN_TESTS)
+	$(SANITIZED) .venv-npu/bin/pytest --capture=sys --device npu $(ASAN_NPU_TESTS)
+
+# What knows neither torch nor Python, for aarch64. Compiled and linked only.
+test-aarch64: .venv/ready
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+	  { echo "aarch64-linux-gnu-g++ was not found: install Debian's package g++-aarch64-linux-gnu" >&2; exit 1; }
+	$(CMAKE) -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DFFN_OPS_WERROR=ON
+	.venv/bin/cmake --build build/aarch64 --target ffn_core opapi
 
 # What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'
 # models. Same Python, so it takes the compiled modules of .venv from the checkout. With byte code, unlike .venv: its
