@@ -7,7 +7,7 @@ CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja 
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
 ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py \
-	tests/test_emulator_ffn.py tests/test_c_example.py
+	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
 ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 
 .PHONY: demo test test-all test-asan test-aarch64 test-npu npu-check bench lint build clean
