@@ -85,6 +85,8 @@ def explain(
     antiquant_offset1: Any = None,
     antiquant_offset2: Any = None,
     *,
+    topk_ids: Any = None,
+    topk_weights: Any = None,
     tokens_index_flag: bool = False,
     inner_precise: int | None = None,
     output_dtype: Any = None,
@@ -92,7 +94,7 @@ def explain(
     target: str | None = None,
 ) -> Explanation:
     """What `target` (by default the current one) would do with the call that ffn() takes with these
-    arguments.
+    arguments, or torch.ops.ffn.moe with topk_ids and topk_weights.
 
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as
     ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in
@@ -107,7 +109,7 @@ def explain(
         "deq_scale1": deq_scale1, "deq_scale2": deq_scale2,
         "antiquant_scale1": antiquant_scale1, "antiquant_scale2": antiquant_scale2,
         "antiquant_offset1": antiquant_offset1, "antiquant_offset2": antiquant_offset2,
-        "out": out, "output_dtype": output_dtype,
+        "topk_ids": topk_ids, "topk_weights": topk_weights, "out": out, "output_dtype": output_dtype,
     }  # fmt: skip
     if target is None:
         target = current_target()

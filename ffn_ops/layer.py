@@ -51,7 +51,7 @@ class FFN(nn.Module):
         contract.resolve(call, activation)
         self._x_dtype, self._y_dtype = getattr(torch, row.x), getattr(torch, row.y)
         for name, operand in contract.OPERANDS.items():
-            if operand.column not in ("x", "tokens", "y"):
+            if operand.column not in ("x", "tokens", "ids", "routing", "y"):
                 self._own(name, _zeros(specs[name]) if name in specs else None)
         self._own("x_scale", torch.zeros(K1) if row.x == "int8" else None)
 

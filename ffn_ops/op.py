@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def npu_target() -> str:
     return _TARGETS[index] if index >= 0 else "ascend910b"
 
 
-# The schema's optional tensors, in its order.
-_OPTIONAL = tuple(contract.OPERANDS)[3:-2]
+# The optional tensors of ffn.ffn's schema, in its order; ffn.moe's lacks the first.
+_OPTIONAL = tuple(contract.OPERANDS)[3:-4]
 
 
 def _check(
@@ -84,19 +84,12 @@ def _check(
     weight1: Tensor,
     weight2: Tensor,
     activation: str,
-    optional: Sequence[Tensor | None],
+    operands: Mapping[str, Tensor | None],
     inner_precise: int | None,
     output_dtype: torch.dtype | None,
-    out: Tensor | None = None,
 ) -> contract.Plan:
     """Checks a call while tracing. x's leading sizes may be symbolic, so nothing looks at them."""
-    given = {
-        "x": x,
-        "weight1": weight1,
-        "weight2": weight2,
-        **dict(zip(_OPTIONAL, optional, strict=False)),
-        "out": out,
-    }
+    given = {"x": x, "weight1": weight1, "weight2": weight2, **operands}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {}
     for name, tensor in tensors.items():
@@ -106,7 +99,7 @@ def _check(
                 f"(move it with {name}.to(x.device))"
             )
         specs[name] = spec_of(name, tensor)
-        if name in ("x", "out") and specs[name].shape:
+        if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
     if output_dtype is not None:
@@ -130,7 +123,26 @@ def _fake(
     inner_precise: int | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    plan = _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype)
+    operands = dict(zip(_OPTIONAL, optional, strict=False))
+    plan = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
+    return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
+
+
+@torch.library.register_fake("ffn::moe")
+def _fake_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    *optional: Tensor | None,
+    inner_precise: int | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    operands = dict(zip(_OPTIONAL[1:], optional, strict=False))
+    operands |= {"topk_ids": topk_ids, "topk_weights": topk_weights}
+    plan = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
     return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
 
 
@@ -146,7 +158,8 @@ def _fake_out(
     output_dtype: torch.dtype | None = None,
     out: Tensor,
 ) -> None:
-    _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype, out)
+    operands = {**dict(zip(_OPTIONAL, optional, strict=False)), "out": out}
+    _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
 
 
 NO_GRADIENT = "ffn has no gradient yet (run it under torch.no_grad(), or detach its inputs)"
@@ -161,6 +174,7 @@ def _no_gradient(context: Any, *gradients: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("ffn::ffn", _no_gradient)
+torch.library.register_autograd("ffn::moe", lambda *arguments: (*_no_gradient(*arguments), None))
 
 # register_autograd refuses operators with an out argument. Like torch's own, this one has no gradient ever.
 _autograd = torch.library.Library("ffn", "IMPL", "Autograd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels under the signature of reference.ffn, for each instruction set; over ffn_ops._native."""
+"""The CPU kernels of each instruction set as reference.ffn and reference.moe; over ffn_ops._native."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ def native_ffn(
     threads: int = 1,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
-    """reference.ffn with the kernels of `isa`, divided among `threads` workers. Weights may be transposed."""
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers; reference.moe where topk_ids
+    and topk_weights are among the operands. Weights may be transposed."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
     y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
     operands |= {"x": x, "out": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}

@@ -79,7 +79,7 @@ def wrong_shape(name: str) -> Callable[[Call], Call]:
         dtype, shape = present(call, name).specs[name]
         if name in ("weight1", "weight2"):
             return call.with_spec(name, Spec(dtype, (1, *shape)))
-        if name == "expert_tokens":
+        if name in ("expert_tokens", "topk_ids"):
             return call.with_spec(name, Spec(dtype, (*shape, 1)))
         return call.with_spec(name, Spec(dtype, (*shape[:-1], shape[-1] + 1000)))
 
@@ -118,6 +118,13 @@ npu = "ascend910b"
 BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "activation": (calls(), lambda call: replace(call, activation="gelu ")),
     "mode": (calls(), wrong_dtype("x")),
+    "moe-on-npu": (calls(moe=True), lambda call: replace(call, target=npu)),
+    "topk_ids-needed": (calls(moe=True), lambda call: call.with_spec("topk_ids", None)),
+    "topk_weights-needed": (calls(moe=True), lambda call: call.with_spec("topk_weights", None)),
+    "tokens-or-ids": (
+        calls(moe=True),
+        lambda call: call.with_spec("expert_tokens", Spec("int64", (call.plan().dims["E"],))),
+    ),
     "mode-on-npu": (calls(modes=("float32",), glu=False), lambda call: replace(call, target=npu)),
     "deq_scale-same-dtype": (calls(modes=("w8a8",)), with_deq("int64", "uint64")),
     "per-channel-scale-needs-packed-deq_scale": (
@@ -193,14 +200,20 @@ for operand in OPERANDS:
             calls(modes=others),
             lambda call, name=operand: call.with_spec(name, Spec("float32", (1,))),
         )
-    legal = calls(modes=taking, experts=True if operand == "expert_tokens" else None)
+    legal = calls(
+        modes=taking,
+        experts=True if operand == "expert_tokens" else None,
+        moe=operand in ("topk_ids", "topk_weights"),
+    )
     if operand not in ("x", "weight1"):
         BREAKS[f"{operand}-dtype"] = (legal, wrong_dtype(operand))
     if OPERANDS[operand].shapes:
         BREAKS[f"{operand}-shape"] = (legal, wrong_shape(operand))
 
-# Tensors of these shapes do not exist in torch, so only the evaluators can be asked.
-NO_TENSORS = ("addressable", "int4-even-columns1", "int4-even-columns2")
+# Torch has no tensors of these shapes, or the operators' schemas have no place for them, so only the
+# evaluators can be asked.
+NO_TENSORS = ("addressable", "int4-even-columns1", "int4-even-columns2",
+              "topk_ids-needed", "topk_weights-needed", "tokens-or-ids")  # fmt: skip
 
 
 def native_violations(call: Call) -> list[tuple[str, str]]:
@@ -244,18 +257,20 @@ def test_a_broken_rule_is_named_by_everyone(rule: str, data: st.DataObject):
 
     tensors, options = broken.hollow(), broken.options()
     with ffn_ops.target(broken.target):
-        overload = torch.ops.ffn.ffn.out if "out" in tensors else torch.ops.ffn.ffn.default
+        overload = broken.overload
         with pytest.raises(RuntimeError) as refused:
             overload(**tensors, activation=broken.activation, **options)
         assert str(refused.value) == text
-        with pytest.raises(ffn_ops.ContractError) as refused:
-            ffn_ops.ffn(**tensors, activation=broken.activation, **options)
-        assert str(refused.value) == text
+        if overload is not torch.ops.ffn.moe.default:
+            with pytest.raises(ffn_ops.ContractError) as refused:
+                ffn_ops.ffn(**tensors, activation=broken.activation, **options)
+            assert str(refused.value) == text
         if rule not in ("M-limit", "M-limit-int8"):  # the fake kernel looks at no row count
             meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
             with pytest.raises(RuntimeError) as refused:
                 overload(**meta, activation=broken.activation, **options)
-            seen = text.split("[")[0] if rule in ("x-shape", "out-shape") else text  # nor shows one
+            shapes = ("x-shape", "topk_ids-shape", "topk_weights-shape", "out-shape")
+            seen = text.split("[")[0] if rule in shapes else text  # nor shows one
             assert str(refused.value).startswith(seen)
 
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three tasks of a call for one instruction set: rows of x to float32, the first product with its
-// activation, and the second product. ffn.cc runs them through the Kernels table; isa_*.cc include this file,
-// each compiled with its own flags, and name the table. docs/numerics.md lists the roundings.
+// The tasks of a call for one instruction set: rows of x to float32, the first product with its activation,
+// the second product, and for ffn.moe the sum over a token's experts. ffn.cc and moe.cc run them through the
+// Kernels table; isa_*.cc include this file, each compiled with its own flags, and name the table.
+// docs/numerics.md lists the roundings.
 #pragma once
 
 #include "cpu/activation-inl.h"
@@ -15,10 +16,12 @@ namespace {
 
 void LoadRows(const Wave& wave, int64_t row, int64_t rows) {
   const Product& product = wave.first;
+  const Assignment* const assignments = wave.problem->assignments;
   for (int64_t r = row; r < row + rows; ++r) {
+    const int64_t from = assignments == nullptr ? wave.first_row + r : assignments[wave.first_row + r].token;
     for (int64_t k = 0; k < product.K; k += kKBlock) {
       const int64_t count = product.K - k < kKBlock ? product.K - k : kKBlock;
-      LoadRow(wave.problem->x_dtype, wave.problem->x, (wave.first_row + r) * product.K + k, count,
+      LoadRow(wave.problem->x_dtype, wave.problem->x, from * product.K + k, count,
               product.a + (k / kKBlock * wave.rows + r) * kKBlock);
     }
   }
@@ -125,6 +128,17 @@ inline void StoreResult(Rounding rounding, F32 value, void* y, int64_t index, in
   __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+inline void StoreResult(DType dtype, Rounding rounding, F32 value, void* y, int64_t index, int64_t count) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return StoreResult<float>(rounding, value, y, index, count);
+    case DType::kFloat16:
+      return StoreResult<Half>(rounding, value, y, index, count);
+    default:
+      return StoreResult<BFloat>(rounding, value, y, index, count);
+  }
+}
+
 void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
                    TaskScratch* scratch) {
   const Problem& problem = *wave.problem;
@@ -133,20 +147,32 @@ void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int
   LoadChannels(wave, wave.second, segment.expert, column, columns, scratch->bias[0], scratch);
   Multiply(wave, wave.second, segment, column, columns, scratch->tile[0], scratch);
   for (int64_t r = 0; r < segment.rows; ++r) {
-    const int64_t row = (wave.first_row + segment.row + r) * wave.second.N + column;
+    const int64_t row = wave.first_row + segment.row + r;
     for (int64_t n = 0; n < columns; n += kLanes) {
       const F32 value = Result(steps.quant, scratch->tile[0] + r * stride + n, scratch->bias[0] + n,
                                scratch->deq_scale + n);
-      switch (problem.y_dtype) {
-        case DType::kFloat32:
-          StoreResult<float>(steps.y, value, problem.y, row + n, columns - n);
-          break;
-        case DType::kFloat16:
-          StoreResult<Half>(steps.y, value, problem.y, row + n, columns - n);
-          break;
-        default:
-          StoreResult<BFloat>(steps.y, value, problem.y, row + n, columns - n);
+      if (problem.assignments == nullptr) {
+        StoreResult(problem.y_dtype, steps.y, value, problem.y, row * wave.second.N + column + n,
+                    columns - n);
+      } else {
+        const Assignment& assignment = problem.assignments[row];
+        StoreResult<float>(Rounding::kNone, value * Set(assignment.weight), problem.y,
+                           assignment.slot * wave.second.N + column + n, columns - n);
       }
+    }
+  }
+}
+
+void Combine(const Combination& combination, int64_t token, int64_t tokens) {
+  const int64_t top_k = combination.top_k, N = combination.N;
+  const Rounding rounding = combination.y_dtype == DType::kBFloat16 ? Rounding::kBf16 : Rounding::kNone;
+  for (int64_t t = token; t < token + tokens; ++t) {
+    for (int64_t n = 0; n < N; n += kLanes) {
+      F32 sum = {};
+      for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
+        if (combination.present[slot]) sum = sum + LoadFloats(combination.results + slot * N + n, N - n);
+      }
+      StoreResult(combination.y_dtype, rounding, sum, combination.y, t * N + n, N - n);
     }
   }
 }

@@ -36,6 +36,13 @@ struct Channels {
   int64_t G = 1;                           // groups along K; row k belongs to group k / (K / G)
 };
 
+// A row of x on its way through one expert: it is read from x's row `token`, and its result, times `weight`,
+// goes to y's row `slot`.
+struct Assignment {
+  int64_t token, slot;
+  float weight;
+};
+
 // y = act(x W1 + b1) W2 + b2. Sizes as everywhere: x is [M, K1], W1 [E, K1, N1], W2 [E, K2, N2], y [M, N2];
 // GLU has N1 == 2 * K2, every other activation N1 == K2. A dense call has E == 1 and row_ends {M}. x and y
 // are dense row-major. The numerics are contract.md section e, as docs/numerics.md lists them for the CPU.
@@ -56,7 +63,16 @@ struct Problem {
   const float* offset = nullptr;  // w8a8: [E]
   const int64_t* row_ends =
       nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
+  const Assignment* assignments = nullptr;  // [M], for RunMoe; then y is float32 [.., N2]
   void* y = nullptr;
+};
+
+// ffn.moe: y[t] = sum over slots s of weights[t, s] * ffn(x[t]) by expert ids[t, s], added in float32 in the
+// order of the slots, beginning with 0, and rounded once. An id of E or more contributes nothing.
+struct Routing {
+  int64_t top_k = 0;
+  const int64_t* ids = nullptr;    // [M, top_k], none negative
+  const float* weights = nullptr;  // [M, top_k]
 };
 
 // Runs body(context, i) for every i in [0, threads), possibly in parallel, possibly one after the other: a
@@ -75,6 +91,13 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
 // where that is more) and 208 KiB a thread, whatever M is.
 size_t ScratchBytes(const Problem& problem, int64_t threads);
+
+// Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.
+// Scratch beyond RunFfn's: at most 256 MiB (or one token's share, where that is more) of float32 results,
+// since tokens are taken in as many chunks as that needs, and 40 bytes for each assignment of a chunk.
+void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& parallel,
+            const char* isa = nullptr);
+size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads);
 
 // Names of the instruction sets compiled in, best first, ending with "generic".
 const char* const* CompiledIsas(size_t* count);

@@ -76,6 +76,16 @@ struct alignas(64) TaskScratch {
   float antiquant_scale[kMaxColumns];
 };
 
+// Tokens whose experts' results are summed: slot s of token t is row t * top_k + s of `results`, and counts
+// when `present` says so.
+struct Combination {
+  const float* results;  // [tokens * top_k, N]
+  const uint8_t* present;
+  int64_t top_k, N;
+  DType y_dtype;
+  void* y;  // [tokens, N]
+};
+
 // The entry points of one instruction set. A task covers columns [column, column + columns) of one segment.
 struct Kernels {
   const char* name;
@@ -84,10 +94,15 @@ struct Kernels {
                         TaskScratch* scratch);
   void (*second_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
                          TaskScratch* scratch);
+  void (*combine)(const Combination& combination, int64_t token, int64_t tokens);
 };
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
 extern const Kernels kAvx512Kernels;
+
+// Those named `isa`, or the selected ones for null. Throws std::runtime_error for what cannot run here
+// (isa.cc).
+const Kernels& KernelsOf(const char* isa);
 
 }  // namespace ffn::cpu

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One call of torch.ops.ffn.ffn: its arguments, what the contract sees of them, and the current target.
-// library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
+// One call of torch.ops.ffn.ffn or ffn.moe: its arguments, what the contract sees of them, and the current
+// target. library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,8 +17,8 @@ namespace ffn::op {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Tensors stand at their position in the contract's OPERANDS, which is the schema's order; kOutOperand is
-// last.
+// Tensors stand at their position in the contract's OPERANDS, which is the order of ffn.ffn's schema;
+// kOutOperand is last.
 struct Arguments {
   std::optional<Tensor> operands[contract::kOutOperand + 1];
   std::string activation;
@@ -63,5 +63,8 @@ contract::Target CurrentTarget();
 // and return it or a new y.
 Tensor FfnCpu(const Arguments& arguments);
 Tensor FfnNpu(const Arguments& arguments);
+
+// torch.ops.ffn.moe on the CPU, which always has topk_ids and topk_weights.
+Tensor MoeCpu(const Arguments& arguments);
 
 }  // namespace ffn::op

@@ -100,8 +100,8 @@ class Arrays {
   py::buffer_info buffers_[contract::kOperandCount];
 };
 
-// Runs one call into the array `out`; threads > 1 divides it among as many workers, who then run one after
-// the other.
+// Runs one call of ffn.ffn, or with topk_ids one of ffn.moe, into the array `out`; threads > 1 divides it
+// among as many workers, who then run one after the other.
 void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<int64_t> inner_precise,
          const std::optional<std::string>& isa, int64_t threads, const py::kwargs& operands) {
   Arrays arrays(operands);
@@ -119,15 +119,6 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
   Require(broken.empty(), broken);
 
   cpu::Problem problem = cpu::ProblemOf(arrays.call, plan);
-  std::vector<int64_t> row_ends;
-  if (plan.facts[contract::kExpertsFact] != 0) {
-    const auto* tokens = static_cast<const int64_t*>(arrays.Data(contract::kExpertTokensOperand));
-    const std::string unfit = contract::RowEnds(tokens, problem.E, problem.M, tokens_index_flag, &row_ends);
-    Require(unfit.empty(), unfit);
-  } else {
-    row_ends = {problem.M};
-  }
-  problem.row_ends = row_ends.data();
   problem.x = arrays.Data(contract::kXOperand);
   problem.weight1 = arrays.Weight(contract::kWeight1Operand, problem.K1, problem.N1);
   problem.weight2 = arrays.Weight(contract::kWeight2Operand, problem.K2, problem.N2);
@@ -144,6 +135,28 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
   serial.run = [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
     for (int64_t i = 0; i < count; ++i) body(context, i);
   };
+  if (plan.facts[contract::kMoeFact] != 0) {
+    const contract::Call& call = arrays.call;
+    Require(call.operands[contract::kTopkIdsOperand].dtype == contract::DType::kInt64 &&
+                call.operands[contract::kTopkWeightsOperand].dtype == contract::DType::kFloat32,
+            "topk_ids or topk_weights has another dtype than int64 and float32 (convert them)");
+    const cpu::Routing routing = {plan.facts[contract::kTopKFact],
+                                  static_cast<const int64_t*>(arrays.Data(contract::kTopkIdsOperand)),
+                                  static_cast<const float*>(arrays.Data(contract::kTopkWeightsOperand))};
+    const int64_t* const ids_end = routing.ids + problem.M * routing.top_k;
+    Require(std::all_of(routing.ids, ids_end, [](int64_t id) { return id >= 0; }), "topk_ids is negative");
+    const py::gil_scoped_release released;
+    return cpu::RunMoe(problem, routing, serial, isa ? isa->c_str() : nullptr);
+  }
+  std::vector<int64_t> row_ends;
+  if (plan.facts[contract::kExpertsFact] != 0) {
+    const auto* tokens = static_cast<const int64_t*>(arrays.Data(contract::kExpertTokensOperand));
+    const std::string unfit = contract::RowEnds(tokens, problem.E, problem.M, tokens_index_flag, &row_ends);
+    Require(unfit.empty(), unfit);
+  } else {
+    row_ends = {problem.M};
+  }
+  problem.row_ends = row_ends.data();
   const py::gil_scoped_release released;
   cpu::RunFfn(problem, serial, isa ? isa->c_str() : nullptr);
 }
