@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffn_ops.contract import ContractError
+from ffn_ops import _native
+from ffn_ops.contract import ContractError, Spec
 
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
 _DEQ_BITS = 0xFFFFE000
@@ -96,20 +97,18 @@ def prepack(weight: Tensor | Sequence[Tensor]) -> Tensor:
     shared like any other; its memory lies on pages of 2 MB where Linux grants them.
     """
     tensor = isinstance(weight, Tensor)
-    if len(weight) == 0 or (tensor and weight.dim() not in (2, 3)):
-        shape = tuple(weight.shape) if tensor else (0,)
+    dense = tensor and weight.dim() == 2
+    if (tensor and weight.dim() not in (2, 3)) or (not dense and len(weight) == 0):
         raise ContractError(
-            f"weight has shape {shape}, but it must be [K, N] or [E, K, N] with an expert or more "
-            "(pass the weight of one product)"
+            f"weight has shape {tuple(weight.shape) if tensor else (0,)}, but it must be [K, N] or [E, K, N] with an "
+            "expert or more (pass the weight of one product)"
         )
-    if tensor and weight.dim() == 2:
-        experts: Tensor | Sequence[Tensor] = [weight]
-        E = 0
-    else:
-        experts = weight
-        E = len(weight)
+    experts: Tensor | Sequence[Tensor] = [weight] if dense else weight
+    E = 0 if dense else len(weight)
+    first = experts[0]
+    _check_cpu("weight", first)
     try:
-        block = torch.ops.ffn.new_block(experts[0], E)
+        block = torch.ops.ffn.new_block(first, E)
         for expert in range(max(E, 1)):
             torch.ops.ffn.pack_expert(block, experts[expert], expert)
     except RuntimeError as error:
@@ -119,6 +118,7 @@ def prepack(weight: Tensor | Sequence[Tensor]) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """The contiguous weight that `prepack` was given, bit for bit; int4 comes in uint8."""
+    _check_cpu("packed", packed)
     try:
         return torch.ops.ffn.unpack(packed)
     except RuntimeError as error:
@@ -128,3 +128,18 @@ def unpack(packed: Tensor) -> Tensor:
 def is_packed(weight: Tensor) -> bool:
     """Whether `weight` looks as `prepack` returns it."""
     return weight.dtype == torch.uint8 and weight.dim() == 1
+
+
+def packed_spec(packed: Tensor) -> Spec:
+    """Dtype and shape of the weight that was packed. Raises ContractError when it is no packed weight."""
+    try:
+        return Spec(*_native.packed_spec(bytes(packed[:64].tolist()), packed.numel()))
+    except ValueError as error:
+        raise ContractError(str(error)) from None
+
+
+def _check_cpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ContractError(
+            f"{name} is on {tensor.device}, but only the CPU's kernels read packed weights (move it with .cpu())"
+        )

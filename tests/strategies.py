@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from ffn_ops import contract
+from ffn_ops import contract, prepack
 from ffn_ops.contract import ACTIVATIONS, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
 
 DEVICE = os.environ["FFN_OPS_TEST_DEVICE"]  # "cpu" or "npu": conftest.py's option --device
@@ -134,7 +134,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """An equal tensor on DEVICE whose memory is dense, transposed (as nn.Linear's weight.t()) or every second
-    element."""
+    element; or the same weight prepacked."""
+    if layout == "packed":
+        return prepack(tensor)
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(-1, -2).contiguous().to(DEVICE).transpose(-1, -2)
     if layout == "sliced":
@@ -289,7 +291,7 @@ def calls(
         tokens,
         draw(st.booleans()),
         torch.int32 if step == 8 else torch.uint8,
-        {name: draw(st.sampled_from(("dense", "transposed", "sliced"))) for name in specs} if layouts else {},
+        {name: draw(st.sampled_from(_layouts(name, target))) for name in specs} if layouts else {},
     )
     if (
         call.violations() and per_channel is None and route == "fused"
@@ -297,6 +299,11 @@ def calls(
         uint64 = {name: Spec("uint64", specs[name].shape) for name in ("deq_scale1", "deq_scale2")}
         call = replace(call, specs={**specs, **uint64})
     return call
+
+
+def _layouts(name: str, target: str) -> tuple[str, ...]:
+    packed = ("packed",) if name in ("weight1", "weight2") and target == "cpu" else ()
+    return ("dense", "transposed", "sliced", *packed)
 
 
 def _divisors(n: int) -> list[int]:

@@ -184,6 +184,21 @@ def test_groups_agree_with_the_reference(isa, mode, groups):
 
 
 @each_isa
+@pytest.mark.parametrize("rows", [3, 9])  # few, and more
+@pytest.mark.parametrize("mode", ["w8a16_bf16", "w4a16_bf16"])
+def test_scaling_after_the_sum_loses_no_infinity_and_makes_none(isa, mode, rows):
+    call = make_call(mode, "relu", rows, 64, 32, groups=(2, 1))
+    call["x"][0, 0] = np.inf  # infinity times (w + offset), not infinity times w plus infinity times offset
+    call["x"][1] = 1e37  # whose sums exceed float32 before they are scaled
+    call["antiquant_scale1"][:] = call["antiquant_scale2"][:] = 1e-37
+    call["x"][2, 5] = np.nan
+    y = native_ffn(**call, isa=isa)
+    assert np.isfinite(y[1]).all() and y[1].any()
+    assert np.isnan(y[2]).all()
+    check(call, isa)
+
+
+@each_isa
 @pytest.mark.parametrize("mode", ["w8a8", "w8a8_bf16"])
 @pytest.mark.parametrize("per_channel_scale", [False, True])
 @pytest.mark.parametrize("deq_dtype", [np.uint64, np.int64, np.float32])

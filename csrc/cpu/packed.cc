@@ -128,7 +128,7 @@ std::string ReadHeader(const char* name, const void* block, int64_t bytes, Packe
   const std::string subject = name;
   if (bytes < static_cast<int64_t>(sizeof(PackedHeader)) || std::memcmp(block, kMagic, sizeof(kMagic)) != 0) {
     return subject +
-           " is a row of uint8, but does not begin as a packed weight does (make it with ffn_ops.prepack)";
+           " is a row of uint8, but does not begin as a prepacked weight does (make it with ffn_ops.prepack)";
   }
   std::memcpy(header, block, sizeof(PackedHeader));
   if (header->version != kVersion || !IsWeightDType(header->dtype)) {

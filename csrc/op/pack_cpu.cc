@@ -62,12 +62,6 @@ cpu::PackedHeader BlockHeader(const Tensor& block) {
   return *header;
 }
 
-void RequireCpu(const char* name, const Tensor& tensor) {
-  if (tensor.device().type() == torch::headeronly::DeviceType::CPU) return;
-  throw std::runtime_error(std::string(name) +
-                           " is not on the CPU, but packed weights are (move it with .cpu())");
-}
-
 void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, i);
@@ -91,7 +85,6 @@ std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype)
 }
 
 Tensor NewBlock(Tensor weight, int64_t E) {
-  RequireCpu("weight", weight);
   const cpu::PackedHeader header = cpu::HeaderOf(WeightDType(weight), E, weight.size(0), Columns(weight));
   const int64_t bytes = cpu::PackedBytes(header);
   if (bytes < 0) throw std::runtime_error("weight is larger than any memory (check its shape)");
@@ -102,7 +95,6 @@ Tensor NewBlock(Tensor weight, int64_t E) {
 }
 
 void PackExpert(Tensor block, Tensor weight, int64_t expert) {
-  RequireCpu("weight", weight);
   const cpu::PackedHeader header = BlockHeader(block);
   if (weight.dim() != 2 || WeightDType(weight) != header.dtype || weight.size(0) != header.K ||
       Columns(weight) != header.N || expert < 0 || expert >= std::max<int64_t>(header.E, 1)) {
@@ -120,7 +112,6 @@ void PackExpert(Tensor block, Tensor weight, int64_t expert) {
 }
 
 Tensor Unpack(Tensor block) {
-  RequireCpu("block", block);
   const cpu::PackedHeader header = BlockHeader(block);
   const int64_t columns = header.dtype == cpu::DType::kInt4 ? header.N / 2 : header.N;
   std::vector<int64_t> shape = {header.K, columns};

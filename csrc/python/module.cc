@@ -190,6 +190,17 @@ py::bytes Prepack(const py::object& weight, const std::optional<std::string>& is
   return block;
 }
 
+// The dtype and shape that went into a packed weight of `size` bytes.
+std::pair<std::string, std::vector<int64_t>> PackedSpec(const py::bytes& header, int64_t size) {
+  const std::string bytes = header;
+  cpu::PackedHeader read;
+  const bool whole = bytes.size() == sizeof(read);
+  const std::string broken = cpu::ReadHeader("the packed weight", bytes.data(), whole ? size : 0, &read);
+  Require(broken.empty(), broken);
+  const contract::Spec spec = cpu::SpecOf(read);
+  return {contract::kDTypeNames[static_cast<int>(spec.dtype)], spec.shape};
+}
+
 std::vector<std::pair<std::string, bool>> Isas() {
   size_t count = 0;
   const char* const* names = cpu::CompiledIsas(&count);
@@ -211,6 +222,8 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "prepack", &ffn::Prepack, py::arg("weight"), py::arg("isa") = py::none(),
       "A weight, as a pair of a buffer and its dtype's name, packed into bytes that ffn() takes as uint8.");
+  module.def("packed_spec", &ffn::PackedSpec, py::arg("header"), py::arg("size"),
+             "What prepack() was given, as (dtype, shape), from the first 64 bytes and the number of all.");
   module.def("isas", &ffn::Isas,
              "Instruction sets compiled in, best first: (name, whether this machine has it).");
   module.def("selected_isa", &ffn::cpu::SelectedIsa, "The instruction set that calls use.");
