@@ -49,10 +49,10 @@ def prepare(
 ) -> "Prepared":
     """Phase 1: aclnnFFNV3GetWorkspaceSize for these tensors.
 
-    `optional` are the operator's other tensors by name. All must be contiguous, in no private format, on one NPU
-    and, in this memory, alive until the stream has run the call; `out` has x's shape and shares no memory with
-    them. Rows that no expert owns keep their bytes. Raises ContractError for a call that the device's contract
-    forbids, RuntimeError with the vendor's status for one that the vendor refuses.
+    `optional` are the operator's other tensors by name. All must be contiguous, in no private format, on one
+    NPU and, in this memory, alive until the stream has run the call; `out` has x's shape and shares no memory
+    with them. Rows that no expert owns keep their bytes. Raises ContractError for a call that the device's
+    contract forbids, RuntimeError with the vendor's status for one that the vendor refuses.
     """
     if not isinstance(activation, str):
         raise ContractError(f"activation is {activation!r}, but it must be a string (name one)")

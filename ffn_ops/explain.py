@@ -91,7 +91,7 @@ def explain(
     out: Any = None,
     target: str | None = None,
 ) -> Explanation:
-    """What `target` (by default x's NPU, or else the current one) would do with the call that ffn() takes with
+    """What `target` (by default x's NPU, else the current one) would do with the call that ffn() takes with
     these arguments.
 
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as

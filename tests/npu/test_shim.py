@@ -116,9 +116,7 @@ def test_private_formats_are_refused(name: str):
         name: torch.ones(32, 32, dtype=torch.half).npu() for name in ("x", "weight1", "weight2", "out")
     }
     tensors[name] = torch_npu.empty_with_format((32, 32), dtype=torch.half, device="npu", acl_format=29)
-    with pytest.raises(
-        RuntimeError, match=rf"^{name} is in the private format 29, but"
-    ):
+    with pytest.raises(RuntimeError, match=rf"^{name} is in the private format 29, but"):
         torch.ops.ffn.ffn.out(**tensors, activation="gelu")
 
 
