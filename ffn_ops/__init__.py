@@ -5,7 +5,7 @@ Importing it loads the operator and imports torch, and nothing heavy beyond that
 """
 
 from ffn_ops import _load_torch as _load_torch  # first: it decides how torch is imported
-from ffn_ops import packing
+from ffn_ops import aclnn, packing
 from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain
 from ffn_ops.layer import FFN
@@ -17,6 +17,7 @@ __all__ = [
     "FFN",
     "ContractError",
     "Explanation",
+    "aclnn",
     "current_target",
     "explain",
     "ffn",

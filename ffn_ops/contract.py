@@ -204,7 +204,7 @@ RULES = (
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
          "mode {mode} does not exist on ascend310p, which has fp16 only (use float16 x and weights)"),
     Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
-         "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use another target)"),
+         "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use one of these, or a 910B or the CPU for a GLU)"),
     *_operand_rules(),
     Rule("topk_ids-needed", BOTH, ("moe",), "given", ("topk_ids",),
          "topk_ids is missing, but topk_weights is given and they go together (pass both)"),
@@ -218,7 +218,7 @@ RULES = (
          ("deq_scale1.dtype", "uint64", "int64", "bfloat16"),
          "deq_scale1 is {deq_scale1.dtype}, but a per-channel scale excludes float32 (convert it with ffn_ops.packing.pack_deq_scale)"),
     Rule("x-rank", BOTH, (), "between", ("rank", 2, 8),
-         "x has {rank} dimensions, but the operator takes 2 to 8 (reshape x; x[None] adds one)"),
+         "x is of rank {rank}, but the operator takes 2 to 8 dimensions (reshape x; x[None] adds one)"),
     *_shape_rules(),
     Rule("glu-columns", BOTH, ("glu",), "equal", ("N1", 2, "K2"),
          "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = 2 * K2 (weight1 holds both halves, and both weights are [K, N])"),
@@ -261,7 +261,7 @@ RULES = (
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
          "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
-         "x has {rank} dimensions, but ascend310p takes exactly 2 (flatten the leading ones)"),
+         "x is of rank {rank}, but ascend310p takes exactly 2 dimensions (flatten the leading ones)"),
     Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
          "expert_tokens names E = {E} experts, but ascend310p has dense calls only (call once for each expert)"),
     Rule("inner_precise", BOTH, (), "one_of", ("inner_precise", 0, 1),
@@ -461,7 +461,8 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
     facts["activation"] = ACTIVATIONS.index(name) if name in ACTIVATIONS else None
     facts["target"] = list(TARGETS).index(target)
     if inner_precise is None:
-        inner_precise = int(name in GLU or target == "ascend310p")
+        fp16_only = target == "ascend310p" and specs["x"].dtype != "bfloat16"
+        inner_precise = int(name in GLU or fp16_only)
     facts["inner_precise"] = max(inner_precise, 1 - 2**63)  # as in C++, where -2**63 stands for unknown
 
     pair = (specs["x"].dtype, specs["weight1"].dtype)

@@ -12,7 +12,7 @@ import torch
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Plan, Spec, Violation, spec_of
-from ffn_ops.op import current_target
+from ffn_ops.op import current_target, npu_target
 from ffn_ops.packing import is_packed, packed_spec
 
 _ACLNN_SYSTEM = 16 * 1024 * 1024  # bytes that CANN reserves in every workspace
@@ -94,8 +94,8 @@ def explain(
     out: Any = None,
     target: str | None = None,
 ) -> Explanation:
-    """What `target` (by default the current one) would do with the call that ffn() takes with these
-    arguments, or torch.ops.ffn.moe with topk_ids and topk_weights.
+    """What `target` (by default x's NPU, else the current one) would do with the call that ffn() takes with
+    these arguments, or torch.ops.ffn.moe with topk_ids and topk_weights.
 
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as
     ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in
@@ -113,7 +113,8 @@ def explain(
         "topk_ids": topk_ids, "topk_weights": topk_weights, "out": out, "output_dtype": output_dtype,
     }  # fmt: skip
     if target is None:
-        target = current_target()
+        on_npu = isinstance(x, torch.Tensor) and x.device.type == "npu"
+        target = npu_target() if on_npu else current_target()
     elif target not in contract.TARGETS:
         raise ContractError(
             f"target is '{target}', but it must be one of {', '.join(contract.TARGETS)} (name one of them)"

@@ -97,8 +97,8 @@ def _check(
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise RuntimeError(
-                f"{name} is on another device than x, but all tensors of a call must be on one "
-                f"(move it with {name}.to(x.device))"
+                f"{name} is on {tensor.device} and x on {x.device}, but all tensors of a call must be on one "
+                "device (move one of them there)"
             )
         specs[name] = spec_of(name, tensor)
         if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
@@ -245,7 +245,7 @@ def ffn(
             "but they must be a torch.Tensor and a string (convert them)"
         )
     if expert_tokens is not None and not isinstance(expert_tokens, Tensor):
-        expert_tokens = _tokens(expert_tokens, x.device)
+        expert_tokens = _tokens(expert_tokens, x, tokens_index_flag)
     optional = (expert_tokens, bias1, bias2, scale, offset, deq_scale1, deq_scale2,
                 antiquant_scale1, antiquant_scale2, antiquant_offset1, antiquant_offset2)  # fmt: skip
     options: dict[str, Any] = {
@@ -261,8 +261,7 @@ def ffn(
     except RuntimeError:
         from ffn_ops.explain import explain  # only on the way to an error
 
-        where = npu_target() if x.device.type == "npu" else None
-        explanation = explain(x, weight1, weight2, activation, *optional, **options, out=out, target=where)
+        explanation = explain(x, weight1, weight2, activation, *optional, **options, out=out)
         if explanation.ok:
             raise
         raise ContractError(explanation.violations[0].text) from None
@@ -309,11 +308,16 @@ def npu_ffn(
     )  # fmt: skip
 
 
-def _tokens(values: Sequence[int], device: torch.device) -> Tensor:
+def _tokens(values: Sequence[int], x: Tensor, tokens_index_flag: bool) -> Tensor:
+    """The list as a tensor beside x. On the host its values can be checked, which a device's cannot."""
     try:
-        return torch.tensor([operator.index(value) for value in values], dtype=torch.int64, device=device)
+        tokens = torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(
             f"expert_tokens is {values!r}, but it must hold int64 numbers "
             "(pass a list of ints, or an int64 tensor)"
         ) from error
+    M = contract.row_count(spec_of("x", x))
+    if x.device.type == "npu" and len(values) > 0 and M is not None:
+        contract.row_ends(tokens.tolist(), M, tokens_index_flag)
+    return tokens.to(x.device)

@@ -190,6 +190,17 @@ const TaskQueue* FindTaskQueue() {
   return queue.enqueue != nullptr && queue.stream != nullptr ? &queue : nullptr;
 }
 
+aclFormat StorageFormat(const void* tensor) {
+  using GetNpuFormat = int64_t (*)(const void*);
+  static const GetNpuFormat get = [] {  // at_npu::native::get_npu_format(const at::Tensor&)
+    void* const torch_npu = TorchNpu();
+    return torch_npu == nullptr ? nullptr
+                                : reinterpret_cast<GetNpuFormat>(
+                                      dlsym(torch_npu, "_ZN6at_npu6native14get_npu_formatERKN2at6TensorE"));
+  }();
+  return get == nullptr ? ACL_FORMAT_ND : static_cast<aclFormat>(get(tensor));
+}
+
 void ThrowStatus(const Library& library, const char* call, int status) {
   const char* const message = library.recent_message();
   std::string text =

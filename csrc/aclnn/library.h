@@ -40,6 +40,10 @@ struct TaskQueue {
 };
 const TaskQueue* FindTaskQueue();
 
+// The storage format of a tensor, as torch_npu keeps it; ACL_FORMAT_ND without torch_npu. `tensor` is the
+// at::Tensor behind an AtenTensorHandle.
+aclFormat StorageFormat(const void* tensor);
+
 // Throws std::runtime_error with the call, its status, what the status means, and the vendor's own message.
 [[noreturn]] void ThrowStatus(const Library& library, const char* call, int status);
 

@@ -98,9 +98,9 @@ Facts Describe(const Call& call, Target target) {
   value[kModeFact] = FindMode(call);
   value[kTargetFact] = target;
   const bool glu = InMask(value[kActivationFact], kGluMask);
+  const bool fp16_only = target == kAscend310pTarget && operands[kXOperand].dtype != DType::kBfloat16;
   // The least int64 stands for unknown; no test can tell it from the next one.
-  value[kInnerPreciseFact] =
-      std::max(call.inner_precise.value_or(glu || target == kAscend310pTarget), kUnknown + 1);
+  value[kInnerPreciseFact] = std::max(call.inner_precise.value_or(glu || fp16_only), kUnknown + 1);
   return facts;
 }
 

@@ -95,6 +95,17 @@ bool EveryElementHasItsOwnMemory(const Tensor& out) {
   return true;
 }
 
+std::string DeviceName(const torch::stable::Device& device) {
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::PrivateUse1:
+      return "npu:" + std::to_string(device.index());
+    default:
+      return "another kind of device";
+  }
+}
+
 std::string Join(const char* const* names, int count) {
   std::string text;
   for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::string(names[i]);
@@ -160,9 +171,9 @@ void CheckPlacement(const Arguments& arguments) {
           name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
     }
     if (!(tensor.device() == device)) {
-      throw std::runtime_error(
-          name + " is on another device than x, but all tensors of a call must be on one (move it with " +
-          name + ".to(x.device))");
+      throw std::runtime_error(name + " is on " + DeviceName(tensor.device()) + " and x on " +
+                               DeviceName(device) +
+                               ", but all tensors of a call must be on one device (move one of them there)");
     }
     int64_t storage = 0;
     aoti_torch_get_storage_size(tensor.get(), &storage);

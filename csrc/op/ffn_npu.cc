@@ -72,6 +72,41 @@ aclnn::TensorDesc Describe(const Tensor& tensor, bool int4) {
   return desc;
 }
 
+// The operator checks the format of these (contract c.8), and a private one is no dense memory.
+void CheckFormats(const Arguments& arguments) {
+  for (const Operand name :
+       {contract::kXOperand, contract::kWeight1Operand, contract::kWeight2Operand, contract::kOutOperand}) {
+    if (!arguments.operands[name]) continue;
+    const aclFormat format = aclnn::StorageFormat(arguments.operand(name).get());
+    switch (format) {
+      case ACL_FORMAT_ND:
+      case ACL_FORMAT_NCHW:
+      case ACL_FORMAT_NHWC:
+      case ACL_FORMAT_NCDHW:
+      case ACL_FORMAT_NCL:
+        continue;
+      default:
+        throw std::runtime_error(std::string(contract::kOperandNames[name]) + " is in the private format " +
+                                 std::to_string(format) +
+                                 ", but the operator takes dense memory (torch_npu.npu_format_cast(" +
+                                 contract::kOperandNames[name] + ", 2) makes it ND)");
+    }
+  }
+}
+
+// `tensor` as dense memory. Torch's own failures come without their reason through the stable ABI.
+Tensor Dense(const aclnn::Library& library, const char* name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::runtime_error&) {
+    const char* const message = library.recent_message();
+    throw std::runtime_error(std::string(name) +
+                             " has gaps, and the copy without them failed (free memory, or pass " + name +
+                             ".contiguous())" + (message == nullptr ? "" : ": " + std::string(message)));
+  }
+}
+
 // The current stream's handle once torch_npu's queue is empty: by torch 2.13's shim, or torch_npu's own
 // before it. Asked for at each launch, since only a fresh answer is in order with what was queued.
 aclrtStream DrainedStream(int32_t device) {
@@ -160,10 +195,12 @@ void Submit(const aclnn::Library& library, std::shared_ptr<Launch> launch, void*
       "aclnnFFNV3",
       [&library, &error, caller, launch = std::move(launch), workspace, stream]() {
         const auto [call, status] = launch->Run(workspace, stream);
-        if (status == 0 || std::this_thread::get_id() != caller) return status;
+        if (status == 0) return 0;
         try {
           aclnn::ThrowStatus(library, call, status);
         } catch (const std::runtime_error& failure) {
+          // On the queue's own thread torch_npu prints it, and refuses what follows.
+          if (std::this_thread::get_id() != caller) throw;
           error = failure.what();
         }
         return 0;
@@ -178,6 +215,7 @@ Tensor FfnNpu(const Arguments& arguments) {
   const Tensor& x = arguments.operand(contract::kXOperand);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   CheckPlacement(arguments);
+  CheckFormats(arguments);
   const aclnn::Library& library = aclnn::GetLibrary();
   contract::Plan plan;
   const std::string broken = contract::Resolve(Describe(arguments), TargetOf(library.soc_name()), &plan);
@@ -199,7 +237,7 @@ Tensor FfnNpu(const Arguments& arguments) {
     for (int i = 0; i < aclnn::kY; ++i) {
       if (!arguments.operands[i]) continue;
       const Tensor& tensor = *arguments.operands[i];
-      dense.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+      dense.push_back(Dense(library, contract::kOperandNames[i], tensor));
       const bool weight = i == contract::kWeight1Operand || i == contract::kWeight2Operand;
       const bool int4 =
           weight && (tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Byte);

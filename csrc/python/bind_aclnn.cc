@@ -69,6 +69,7 @@ void BindAclnn(py::module_& module) {
       .def("run", &Run, py::arg("workspace"), py::arg("size"), py::arg("stream"))
       .def("make_repeatable", &aclnn::Prepared::MakeRepeatable)
       .def("set_address", [](aclnn::Prepared& prepared, int index, uintptr_t address) {
+        if (index < 0 || index >= aclnn::kTensors) throw py::index_error("a call has 14 inputs and y");
         prepared.SetAddress(index, reinterpret_cast<void*>(address));
       });
 }

@@ -74,9 +74,27 @@ with emulator.fail_at(1, "aclnnFFNV3"):
         op(x, weight1[0], weight2[0], "gelu")
         torch.npu.synchronize()
     except RuntimeError as error:
-        print("later:", "aclnnFFNV3" in str(error))
+        print("later:", "aclnnFFNV3" in str(error) and "injected failure" in str(error))
 print({n: v for n, v in emulator.counters().items() if n.startswith("live_acl") and v})
 """,
         TASK_QUEUE_ENABLE="1",
     )
     assert done.stdout.splitlines()[-2:] == ["later: True", "{}"], done.stdout + done.stderr[-2000:]
+
+
+def test_a_copy_that_fails_says_of_what():
+    done = run(
+        """
+x, weight1, weight2 = operands()
+gaps = weight1[0].mT.contiguous().mT
+torch.npu.synchronize()
+with emulator.fail_at(1, "aclnnInplaceCopy"):
+    try:
+        op(x, gaps, weight2[0], "gelu")
+    except RuntimeError as error:
+        print(error)
+""",
+        TASK_QUEUE_ENABLE="0",
+    )
+    assert done.stdout.startswith("weight1 has gaps, and the copy without them failed"), done.stderr[-2000:]
+    assert "injected failure" in done.stdout

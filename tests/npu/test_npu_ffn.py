@@ -70,7 +70,8 @@ def test_256_experts_most_of_them_empty():
     torch.testing.assert_close(y.cpu().float(), expected, rtol=2**-9, atol=2**-9)
     assert same_bits(torch_npu.npu_ffn(x, w1, w2, "relu", expert_tokens=tokens.tolist()), y)
     with pytest.raises(ffn_ops.ContractError, match="E = 257 entries"):
-        ffn_ops.ffn(x, w1[:1].expand(257, -1, -1), w2[:1].expand(257, -1, -1), "relu", [0] * 257)
+        counts = [len(x)] + [0] * 256
+        ffn_ops.ffn(x, w1[:1].expand(257, -1, -1), w2[:1].expand(257, -1, -1), "relu", counts)
 
 
 def test_the_second_device_computes_where_its_tensors_are():
@@ -78,3 +79,16 @@ def test_the_second_device_computes_where_its_tensors_are():
     first, second = (op(x.to(d), w1.to(d), w2.to(d), "gelu") for d in ("npu:0", "npu:1"))
     assert (second.device, torch.npu.current_device()) == (torch.device("npu:1"), 0)
     assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("counts", [[4, 3], [4, 5], [9, -1]])
+def test_a_list_of_tokens_is_checked_on_the_host(counts: list[int]):
+    x, w1, w2 = (torch.ones(*shape, dtype=torch.half).npu() for shape in ((8, 4), (2, 4, 6), (2, 6, 4)))
+    for call in (ffn_ops.ffn, ffn_ops.npu_ffn):
+        with pytest.raises(ffn_ops.ContractError, match="expert_tokens"):
+            call(x, w1, w2, "relu", expert_tokens=counts)
+
+
+def test_explain_answers_for_the_device_of_x():
+    x, w1, w2 = (torch.ones(*shape).npu() for shape in ((8, 4), (4, 6), (6, 4)))
+    assert ffn_ops.explain(x, w1, w2, "relu").target == "ascend910b"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch_npu
 
 import ffn_ops
 from ffn_ops import aclnn, emulator
@@ -64,6 +65,20 @@ def test_a_repeatable_call_runs_with_other_addresses(tensors: dict[str, torch.Te
     assert torch.equal(other_y.cpu(), op(**{**tensors, "x": other_x}, activation="silu").cpu())
 
 
+@pytest.mark.parametrize("prepared_at", [0, 3])
+def test_views_can_take_the_place_of_each_other(prepared_at: int, tensors: dict[str, torch.Tensor]):
+    M = len(tensors["x"])
+    xs = torch.randn(3 * M, tensors["x"].shape[1]).half().npu()
+    ys = torch.zeros_like(xs)
+    x, y = xs[prepared_at : prepared_at + M], ys[prepared_at : prepared_at + M]
+    with aclnn.prepare(**{**tensors, "x": x}, activation="gelu", out=y, repeatable=True) as call:
+        for begin in (2 * M, 0, M):
+            call.set_addresses(x=xs[begin : begin + M], out=ys[begin : begin + M])
+            call.run()
+            expected = op(**{**tensors, "x": xs[begin : begin + M]}, activation="gelu")
+            assert torch.equal(ys[begin : begin + M].cpu(), expected.cpu())
+
+
 def test_int4_weights_are_described_in_elements():
     x = torch.randn(3, 8).half().npu()
     weight1, weight2 = (torch.randint(0, 256, size, dtype=torch.uint8).npu() for size in ((8, 8), (16, 4)))
@@ -81,9 +96,10 @@ def test_a_call_runs_once(tensors: dict[str, torch.Tensor]):
     y = y_like(tensors["x"])
     call = aclnn.prepare(**tensors, activation="gelu", out=y)
     call.run()
-    for again in (call.run, call.destroy):
-        with pytest.raises(RuntimeError, match=r"^the call has ended: it was run or destroyed"):
-            again()
+    with pytest.raises(RuntimeError, match=r"^the call has ended: it was run or destroyed"):
+        call.run()
+    with pytest.raises(RuntimeError, match=r"^the call has ended already"):
+        call.destroy()
 
 
 def test_a_destroyed_call_does_not_run(tensors: dict[str, torch.Tensor]):
@@ -100,10 +116,16 @@ def test_a_short_or_foreign_workspace_is_refused(tensors: dict[str, torch.Tensor
     short = torch.empty(call.workspace_size - 1, dtype=torch.uint8, device="npu")
     with pytest.raises(RuntimeError, match=rf"^workspace has {short.numel()} bytes, but the call needs"):
         call.run(short)
+    with pytest.raises(RuntimeError, match=r"^workspace is a int, but it must be a tensor on npu:0"):
+        call.run(123)
     with pytest.raises(RuntimeError, match=r"^workspace is on cpu"):
         call.run(torch.empty(call.workspace_size, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match=r"^workspace is on npu:1"):
         call.run(torch.empty(call.workspace_size, dtype=torch.uint8, device="npu:1"))
+    shrunk = torch.empty(call.workspace_size, dtype=torch.uint8, device="npu")
+    shrunk.untyped_storage().resize_(16)
+    with pytest.raises(RuntimeError, match=r"^workspace has 16 bytes"):
+        call.run(shrunk)
     call.run()  # a refusal does not end it
 
 
@@ -137,6 +159,8 @@ def test_only_repeatable_calls_have_other_addresses(tensors: dict[str, torch.Ten
 
 def test_addresses_are_of_what_was_prepared(tensors: dict[str, torch.Tensor]):
     with aclnn.prepare(**tensors, activation="gelu", out=y_like(tensors["x"]), repeatable=True) as call:
+        with pytest.raises(ffn_ops.ContractError, match=r"^out shares memory with x"):
+            call.set_addresses(out=tensors["x"])
         with pytest.raises(RuntimeError, match=r"^bias1 was not part of the call"):
             call.set_addresses(bias1=tensors["x"])
         with pytest.raises(
@@ -157,5 +181,18 @@ def test_memory_must_be_dense_and_on_the_npu(tensors: dict[str, torch.Tensor]):
         aclnn.prepare(**{**tensors, "weight1": tensors["weight1"].mT}, activation="gelu", out=y)
     with pytest.raises(ffn_ops.ContractError, match=r"^expert_tokens is on cpu"):
         aclnn.prepare(**{**tensors, "expert_tokens": torch.tensor([1])}, activation="gelu", out=y)
+    with pytest.raises(ffn_ops.ContractError, match=r"^expert_tokens is a list, but it must be a tensor"):
+        aclnn.prepare(**{**tensors, "expert_tokens": [1]}, activation="gelu", out=y)
+    with pytest.raises(ffn_ops.ContractError, match=r"^x is on cpu, but prepare\(\) takes tensors of an NPU"):
+        aclnn.prepare(torch.ones(2, 3), torch.ones(3, 4), torch.ones(4, 3), "gelu", out=torch.ones(2, 3))
+    nz = torch_npu.empty_with_format(tensors["weight1"].shape, dtype=torch.half, device="npu", acl_format=29)
+    with pytest.raises(ffn_ops.ContractError, match=r"^weight1 is in the private format 29"):
+        aclnn.prepare(**{**tensors, "weight1": nz}, activation="gelu", out=y)
+    with pytest.raises(ffn_ops.ContractError, match=r"^out shares memory with x"):
+        aclnn.prepare(**tensors, activation="gelu", out=tensors["x"])
+    with pytest.raises(ffn_ops.ContractError, match=r"^out is a NoneType, but it must be a tensor"):
+        aclnn.prepare(**tensors, activation="gelu", out=None)
+    with pytest.raises(ffn_ops.ContractError, match=r"^activation is 3, but it must be a string"):
+        aclnn.prepare(**tensors, activation=3, out=y)
     with pytest.raises(TypeError, match=r"^bias3 is no tensor of the operator"):
         aclnn.prepare(**tensors, activation="gelu", out=y, bias3=y)

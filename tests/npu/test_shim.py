@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_npu
 from operands import close, on_cpu, op, operands
 from process import ROOT, run
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -105,8 +106,18 @@ def test_a_call_runs_where_x_is_and_the_current_device_stays():
     y = op(x, weight1, weight2, "gelu", torch.tensor([6, 0, 0]).to("npu:1"))
     assert y.device == torch.device("npu:1") and torch.npu.current_device() == 0
     assert close(y, op(*on_cpu(x, weight1, weight2), "gelu", torch.tensor([6, 0, 0])))
-    with pytest.raises(RuntimeError, match=r"^weight1 is on another device than x"):
+    with pytest.raises(RuntimeError, match=r"^weight1 is on npu:0 and x on npu:1, but"):
         op(x, weight1.to("npu:0"), weight2, "gelu", torch.tensor([6, 0, 0]).to("npu:1"))
+
+
+@pytest.mark.parametrize("name", ["x", "weight1", "weight2", "out"])
+def test_private_formats_are_refused(name: str):
+    tensors = {
+        name: torch.ones(32, 32, dtype=torch.half).npu() for name in ("x", "weight1", "weight2", "out")
+    }
+    tensors[name] = torch_npu.empty_with_format((32, 32), dtype=torch.half, device="npu", acl_format=29)
+    with pytest.raises(RuntimeError, match=rf"^{name} is in the private format 29, but"):
+        torch.ops.ffn.ffn.out(**tensors, activation="gelu")
 
 
 def test_a_call_runs_on_the_current_stream():
