@@ -7,3 +7,5 @@ bound, measure.py times, machine.py says what the machine is and what it could d
 the results file and the plots. peers.py has one class for each competitor. Benchmarks never assert, and tests
 never time.
 """
+
+import ffn_ops as _ffn_ops  # noqa: F401: before torch: where torch_npu is installed without CANN, torch cannot be imported alone

@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 
 from benchmarks import report
 from benchmarks.cases import SHAPES, Mode, Shape, read_shapes
-from benchmarks.peers import PEERS
+from benchmarks.peers import known, load
 from benchmarks.run import ROOT, Options, cells, run
 
 MODES = "float32,bf16,fp16,w8a8,w8a8_bf16,w8a16_bf16,w8a16_bf16:128,w4a16_bf16:32,w4a16_bf16:128,w4a16:128"
@@ -69,7 +69,9 @@ def main(
         raise typer.BadParameter(str(error)) from None
     results, files = measure(options, out or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"))
     console = Console()
-    console.print(report.table(results))
+    table = report.table(results)
+    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, width=max(console.width, whole), soft_wrap=True)
     for sentence in report.summary(results):
         console.print(sentence, highlight=False, markup=False)
     console.print("Written: " + ", ".join(str(file) for file in files), highlight=False)
@@ -89,9 +91,11 @@ def plan(
     wanted = (QUICK_MODES if quick and modes == MODES else modes).split(",")
     for mode in wanted:
         Mode(mode)
-    names = peers.split(",") if peers else [peer.name for peer in PEERS if not (quick and peer.slow_to_make)]
-    from benchmarks.peers import load
-
+    names = (
+        peers.split(",")
+        if peers
+        else [name for name, peer in known().items() if not (quick and peer.slow_to_make)]
+    )
     for name in names:
         load(name)
     rows = [int(rows) for rows in m.split(",") if rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours and its competitors, one class each; vllm.py and runtimes.py hold those of other packages.
+"""Ours and its competitors, one class each; vllm.py, openvino.py and npu.py hold what needs other packages.
 
 A peer is given the case's operands and brings them into the form it likes before the time counts. What counts
 is the same for all: from x to y, and in a MoE from (x, ids, weights) to the combined y.
@@ -24,7 +24,8 @@ class Peer:
     """A competitor. Refusals are sentences, and become the result of the cell."""
 
     name: str
-    own_process = False  # its threads or its faults must not meet the other peers
+    process = ""  # peers of another process than the others': their threads must not meet
+    device = "cpu"
     packs = False  # make() brings the weights into a layout of its own: worth a figure
     slow_to_make = False  # compiles; left out of a quick run
     quantizes_rows = False  # x and the intermediate in int8, scaled by row, where the cell says otherwise
@@ -154,7 +155,7 @@ class Eager(Peer):
 class EagerRows(Eager):
     """The same on weights as they are, [K, N]."""
 
-    name = "torch eager [K, N]"
+    name = "torch eager KxN"
 
     def weights(self, case: Case) -> list[Tensor]:
         return [case.weights.first.values, case.weights.second.values]
@@ -163,7 +164,7 @@ class EagerRows(Eager):
 class PaddedBmm(Peer):
     """Every expert's rows padded to the most that one has, and torch.bmm."""
 
-    name = "torch bmm, padded"
+    name = "torch bmm padded"
 
     def refuses(self, case: Case) -> str | None:
         refusal = only(case, modes="float32 fp16 bf16", kind="moe")
@@ -422,13 +423,18 @@ PEERS: tuple[type[Peer], ...] = (
 )  # fmt: skip
 
 
+def known() -> dict[str, type[Peer]]:
+    """Every peer by its name, those of other packages included."""
+    from benchmarks import npu, openvino, vllm  # which are built on this module
+
+    return {peer.name: peer for peer in (*PEERS, *vllm.PEERS, *openvino.PEERS, *npu.PEERS)}
+
+
 def load(name: str) -> Peer:
     """A peer by its name, or by module:Class for one that is not in the list."""
-    for peer in PEERS:
-        if peer.name == name:
-            return peer()
+    if name in known():
+        return known()[name]()
     module, _, attribute = name.partition(":")
     if not attribute:
-        names = ", ".join(peer.name for peer in PEERS)
-        raise ValueError(f"peer is '{name}', but it must be one of {names}, or module:Class")
+        raise ValueError(f"peer is '{name}', but it must be one of {', '.join(known())}, or module:Class")
     return getattr(importlib.import_module(module), attribute)()

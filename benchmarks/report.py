@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 Results = dict[str, Any]
-OURS = ("ours packed", "ours")
+OURS = {"cpu": ("ours packed", "ours"), "npu": ("ours on NPU",)}
+OURS_NAMES = {name for names in OURS.values() for name in names}
 # A figure has become slower when it is beyond the old one by more than this and by more than both spreads.
 SLOWER = 0.1
 EMULATED = "Measured on the emulator: these times say nothing about an NPU."
@@ -25,9 +26,9 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
 
 
-def our_seconds(cell: dict[str, Any]) -> float | None:
+def our_seconds(cell: dict[str, Any], device: str = "cpu") -> float | None:
     """The better of ours."""
-    times = [cell["results"].get(name, {}).get("seconds") for name in OURS]
+    times = [cell["results"].get(name, {}).get("seconds") for name in OURS[device]]
     return min((time for time in times if time), default=None)
 
 
@@ -51,21 +52,36 @@ def rows(results: Results) -> Iterator[tuple[str, ...]]:
     for cell in results["cells"]:
         first = True
         for name, result in cell["results"].items():
-            if result["status"] == "refused" and name not in OURS:
+            if result["status"] == "refused" and name not in OURS["cpu"]:
                 continue
             head = cell_name(cell) if first else ""
             first = False
             if result["status"] != "timed":
-                yield head, name, result["status"], result["reason"], "", "", "", ""
+                yield head, name, result["status"], *[""] * (len(HEADINGS) - 3)
                 continue
-            mine = result.get("anchor_seconds") or our_seconds(cell)
-            ratio = "" if name in OURS or mine is None else f"{result['seconds'] / mine:.2f}x"
+            mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
+            ratio = "" if name in OURS_NAMES or mine is None else f"{result['seconds'] / mine:.2f}x"
             low, high = result["quartiles"]
             limit = f"{result['of_limit']:.0%} {cell['limit']}" if "of_limit" in result else ""
             samples = f"{result['clean']}" + (f" ({result['dropped']} dropped)" if result["dropped"] else "")
             spread = f"{duration(low)} - {duration(high)}"
             error = f"{result['error']:.1e}"
             yield head, name, duration(result["seconds"]), spread, ratio, limit, error, samples
+
+
+def reasons(results: Results) -> list[str]:
+    """Why peers have no figure where they should."""
+    cells: dict[tuple[str, str, str], int] = {}
+    for cell in results["cells"]:
+        for name, result in cell["results"].items():
+            if result["status"] != "timed" and (result["status"] != "refused" or name in OURS["cpu"]):
+                key = (name, result["status"], result["reason"])
+                cells[key] = cells.get(key, 0) + 1
+    return [f"{name}, {status} in {_cells(count)}: {why}." for (name, status, why), count in cells.items()]
+
+
+def _cells(count: int) -> str:
+    return "1 cell" if count == 1 else f"{count} cells"
 
 
 def summary(results: Results) -> list[str]:
@@ -78,6 +94,7 @@ def summary(results: Results) -> list[str]:
         f"{results['commit']}, torch {results['versions']['torch']}; limits: {rates}; "
         f"drift {limits['drift']:.0%}."
     ]
+    lines += reasons(results)
     lines += [f"{skip['shape']}, {skip['mode']}: skipped, {skip['reason']}." for skip in results["skipped"]]
     if results["absent"]:
         lines.append(
@@ -87,9 +104,13 @@ def summary(results: Results) -> list[str]:
 
 
 def table(results: Results) -> Table:
-    shown = Table(*HEADINGS)
+    shown = Table()
+    for heading in HEADINGS:
+        shown.add_column(heading, no_wrap=True)
     for row in rows(results):
-        shown.add_row(*row, end_section=False)
+        if row[0]:
+            shown.add_section()
+        shown.add_row(*row)
     return shown
 
 
@@ -167,8 +188,8 @@ def _speed_up(results: Results) -> tuple[str, Any] | None:
         if cell["start"] == "idle" or cell["routing"] not in (None, "uniform"):
             continue
         for name, result in _timed(cell).items():
-            mine = result.get("anchor_seconds") or our_seconds(cell)
-            if name not in OURS and mine:
+            mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
+            if name not in OURS_NAMES and mine:
                 panel = panels.setdefault((cell["shape"], cell["mode"]), {})
                 panel.setdefault(name, []).append((cell["M"], result["seconds"] / mine))
     if not panels:

@@ -58,6 +58,7 @@ def run(options: Options, advance: Callable[[str, int], None]) -> dict[str, Any]
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv[1:],
         "commit": machine.commit(ROOT),
+        "emulated": emulated() is not None,
         "machine": machine.describe(),
         "versions": machine.versions(),
         "settings": {
@@ -86,6 +87,11 @@ def run(options: Options, advance: Callable[[str, int], None]) -> dict[str, Any]
     return results
 
 
+def emulated() -> tuple[str, int, bool] | None:
+    """What this process's emulator was enabled with; its workers must be like it."""
+    return getattr(sys.modules.get("ffn_ops.emulator"), "enabled", None)
+
+
 def too_large(shape: Shape, mode: str) -> str | None:
     size, free = shape.weight_bytes(mode), machine.free_bytes()
     if size <= free / 2:
@@ -97,27 +103,22 @@ def measure_shape(
     shape: Shape, mode: str, options: Options, here: list[str], advance: Callable[[str, int], None]
 ) -> list[dict[str, Any]]:
     planned = cells(shape, options.m)
-    alone = [name for name in here if load(name).own_process]
-    together = [name for name in here if name not in alone]
     measured = [
         {"shape": shape.name, "kind": shape.kind, "mode": mode, "K1": shape.K1, "K2": shape.K2, "E": shape.E,
          "top_k": shape.top_k, "activation": shape.activation, **cell, "results": {}}
         for cell in planned
     ]  # fmt: skip
-    groups = [together] if together else []
-    groups += [[ANCHOR, name] for name in alone]
-    for peers in groups:
+    groups: dict[str, list[str]] = {}
+    for name in here:
+        groups.setdefault(load(name).process, []).append(name)
+    for process, peers in groups.items():
         advance(f"{shape.name}, {mode}", 0)
-        job = {
-            "shape": shape,
-            "mode": mode,
-            "cells": planned,
-            "threads": options.threads,
-            "seconds": options.seconds,
-        }
-        for index, line in enumerate(work(job, peers, options.isa)):
+        anchored = process not in ("", "npu")
+        job = {"shape": shape, "mode": mode, "cells": planned, "threads": options.threads,
+               "seconds": options.seconds, "emulated": emulated() if process == "npu" else None}  # fmt: skip
+        for index, line in enumerate(work(job, [ANCHOR, *peers] if anchored else peers, options.isa)):
             results = line["results"]
-            if peers is not together:
+            if anchored:
                 anchor = results.pop(ANCHOR, {}).get("seconds")
                 for result in results.values():
                     result["anchor_seconds"] = anchor  # of ours, in the same process
@@ -220,5 +221,5 @@ def set_limit(cell: dict[str, Any], limits: dict[str, float], last_cache: int) -
     cell["limit"] = max(times, key=lambda which: times[which])
     cell["limit_seconds"] = times[cell["limit"]]
     for result in cell["results"].values():
-        if result.get("seconds"):
+        if result.get("seconds") and result["device"] == "cpu":  # an NPU's limits are not known here
             result["of_limit"] = cell["limit_seconds"] / result["seconds"]

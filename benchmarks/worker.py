@@ -40,6 +40,10 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     peers = [load(name) for name in job["peers"]]
     shape = Shape(*(tuple(value) if isinstance(value, list) else value for value in job["shape"]))
+    if job["emulated"] is not None:
+        from ffn_ops.emulator import enable
+
+        enable(*job["emulated"])
     diary = os.open(job["diary"], os.O_WRONLY)
 
     def enter(name: str) -> None:
@@ -90,10 +94,12 @@ def measure_cell(
         call()  # warm-up: the first call was the checked one
         ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0)
     figures = measure.interleaved({name: one.call for name, one in ready.items()}, case.start, seconds, enter)
+    devices = {peer.name: peer.device for peer in peers}
     for name, one in ready.items():
         figure = figures[name]
         result: dict[str, Any] = {
             "status": "timed" if figure.seconds is not None else "noisy",
+            "device": devices[name],
             "seconds": figure.seconds,
             "quartiles": figure.quartiles,
             "clean": figure.clean,

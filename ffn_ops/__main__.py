@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m ffn_ops {doctor,npu-check,explain,demo,bench}: the command line; the modules so named do the work."""
+"""python -m ffn_ops {doctor,npu-check,explain,demo,bench}: the command line; modules so named do the work."""
 
 import re
 import subprocess
@@ -83,7 +83,9 @@ def demo() -> None:
     main()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
 def bench(context: typer.Context) -> None:
     """Measure ours beside its competitors, in a checkout (bench --help)."""
     checkout = Path(__file__).parents[1]

@@ -42,7 +42,7 @@ class CrashesLater(Eager):
 
 class Alone(Eager):
     name = "tests.bench_peers:Alone"
-    own_process = True
+    process = "alone"
 
 
 class Absent(Eager):

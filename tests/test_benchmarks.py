@@ -15,7 +15,7 @@ import torch
 from benchmarks import measure, report, run
 from benchmarks.cases import ROUTINGS, SHAPES, Case, Weights, read_shapes, route
 from benchmarks.check import Answer
-from benchmarks.peers import PEERS, Eager, Ours
+from benchmarks.peers import Eager, Ours
 from ffn_ops import contract, packing
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,3 @@ def test_shape_files_can_be_read_and_name_their_models() -> None:
 def test_a_shape_that_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.machine.free_bytes", lambda: 1000)
     assert "more than half of the" in (run.too_large(DENSE, "bf16") or "")
-
-
-def test_every_peer_has_a_name_of_its_own() -> None:
-    assert len({peer.name for peer in PEERS}) == len(PEERS)
