@@ -8,4 +8,5 @@ the results file and the plots. peers.py has one class for each competitor. Benc
 never time.
 """
 
-import ffn_ops as _ffn_ops  # noqa: F401: before torch: where torch_npu is installed without CANN, torch cannot be imported alone
+# Before torch: where torch_npu is installed without CANN, torch alone cannot be imported.
+import ffn_ops as _ffn_ops  # noqa: F401

@@ -43,7 +43,7 @@ def main(
     peers: Annotated[str, typer.Option(help="names by commas, or module:Class; all that are known")] = "",
     out: Annotated[Path | None, typer.Option(help="results file; plots are written beside it")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="two shapes, few modes, peers that need no compiler")
+        bool, typer.Option("--quick", help="two shapes, few modes, and torch's own operators")
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="OLD.json NEW.json: what became slower")
@@ -71,7 +71,7 @@ def main(
     console = Console()
     table = report.table(results)
     whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.print(table, width=max(console.width, whole), soft_wrap=True)
+    Console(width=max(console.width, whole)).print(table)
     for sentence in report.summary(results):
         console.print(sentence, highlight=False, markup=False)
     console.print("Written: " + ", ".join(str(file) for file in files), highlight=False)
@@ -91,11 +91,7 @@ def plan(
     wanted = (QUICK_MODES if quick and modes == MODES else modes).split(",")
     for mode in wanted:
         Mode(mode)
-    names = (
-        peers.split(",")
-        if peers
-        else [name for name, peer in known().items() if not (quick and peer.slow_to_make)]
-    )
+    names = peers.split(",") if peers else [name for name, peer in known().items() if not quick or peer.quick]
     for name in names:
         load(name)
     rows = [int(rows) for rows in m.split(",") if rows]

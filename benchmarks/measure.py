@@ -5,6 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,7 @@ from benchmarks import machine
 CLEAN = 5  # no figure from fewer samples than this
 ENOUGH = 25
 MAX_SWITCHES = 1  # involuntary context switches of the process in a clean sample
-# Attempts, for each call, at getting CLEAN samples on a busy machine.
-MAX_ROUNDS = 40
+MAX_ROUNDS = 15  # when the time is over, and a busy machine leaves too few clean samples
 IDLE_SECONDS = 0.02  # long enough that a thread pool has gone to sleep
 
 
@@ -62,9 +62,10 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in calls}
     dropped = dict.fromkeys(calls, 0)
     end = time.perf_counter() + seconds * len(calls)
-    for _ in range(MAX_ROUNDS):
+    for round in count():
         fewest = min((len(times) for times in taken.values()), default=ENOUGH)
-        if fewest >= ENOUGH or (time.perf_counter() > end and fewest >= CLEAN):
+        over = time.perf_counter() > end
+        if fewest >= ENOUGH or (over and (fewest >= CLEAN or round >= MAX_ROUNDS)):
             break
         for name, call in calls.items():
             enter(name)

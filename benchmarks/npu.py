@@ -36,6 +36,7 @@ def synchronous(call: Call) -> Call:
 class NpuPeer(Peer):
     process = "npu"
     device = "npu"
+    quick = False
 
     def available(self) -> str | None:
         if importlib.util.find_spec("torch_npu") is None:

@@ -19,6 +19,7 @@ class OpenVino(Peer):
 
     name = "openvino"
     process = "openvino"
+    quick = False
     packs = True
 
     def available(self) -> str | None:

@@ -27,7 +27,7 @@ class Peer:
     process = ""  # peers of another process than the others': their threads must not meet
     device = "cpu"
     packs = False  # make() brings the weights into a layout of its own: worth a figure
-    slow_to_make = False  # compiles; left out of a quick run
+    quick = True  # takes part in a quick run
     quantizes_rows = False  # x and the intermediate in int8, scaled by row, where the cell says otherwise
 
     def available(self) -> str | None:
@@ -118,9 +118,6 @@ class OursPacked(Ours):
 
     name = "ours packed"
     packs = True
-
-    def available(self) -> str | None:
-        return None if hasattr(ffn_ops, "prepack") else "this build of ffn_ops has no prepack"
 
     def operands(self, case: Case) -> dict[str, Any]:
         plain = case.weights.operands
@@ -232,7 +229,7 @@ class Inductor(Eager):
     """torch.compile of the eager block with frozen weights and max-autotune."""
 
     name = "torch inductor"
-    slow_to_make = True
+    quick = False  # compiles for a minute
 
     def refuses(self, case: Case) -> str | None:
         return only(case, modes="float32 fp16 bf16", kind="dense")

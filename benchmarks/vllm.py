@@ -42,6 +42,7 @@ def isa(dtype: torch.dtype) -> str:
 
 class Vllm(Peer):
     packs = True
+    quick = False
 
     def available(self) -> str | None:
         if importlib.util.find_spec("vllm") is None:

@@ -110,7 +110,7 @@ def measure_cell(
             "huge_share": machine.huge_share(),
         }
         if figure.seconds is None:
-            result["reason"] = f"{figure.clean} clean samples of {figure.clean + figure.dropped}"
+            result["reason"] = f"fewer than {measure.CLEAN} samples without context switches"
         results[name] = result
     return results
 
