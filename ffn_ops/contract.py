@@ -90,7 +90,7 @@ OPERANDS = {
     "expert_tokens": Operand("tokens", ("E",), "cast it with .long(); biases are passed by name, as bias1=", "one entry for each expert"),
     "bias1": Operand("bias", ("E? N1",), _BIAS_FIX, "N1 is weight1's columns"),
     "bias2": Operand("bias", ("E? N2",), _BIAS_FIX, "N2 is weight2's columns"),
-    "scale": Operand("scale", ("E|1", "E? N1"), "cast it with .float()", "one value for each expert, or each column"),
+    "scale": Operand("scale", ("E|1", "E? K2"), "cast it with .float()", "one value for each expert, or each column"),
     "offset": Operand("scale", ("E|1",), "cast it with .float()", "one value for each expert, never per column"),
     "deq_scale1": Operand(
         "deq_scale", ("E? N1", "cpu dense: 1 N1"),
@@ -258,8 +258,6 @@ RULES = (
          "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
     Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
          "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights)"),
-    Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
-         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 only (dequantize the weights)"),
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
          "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),

@@ -87,8 +87,10 @@ def _check(
     operands: Mapping[str, Tensor | None],
     inner_precise: int | None,
     output_dtype: torch.dtype | None,
-) -> contract.Plan:
-    """Checks a call while tracing. x's leading sizes may be symbolic, so nothing looks at them."""
+) -> torch.dtype:
+    """The dtype of y, and while tracing the contract. x's leading sizes may be symbolic: nothing looks at them.
+
+    What a prepacked weight holds cannot be known from a fake one, so such a call is checked when it runs."""
     given = {"x": x, "weight1": weight1, "weight2": weight2, **operands}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {}
@@ -102,14 +104,17 @@ def _check(
         if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
+    if any(weight.dim() == 1 and weight.dtype == torch.uint8 for weight in (weight1, weight2)):
+        return x.dtype if x.is_floating_point() else output_dtype or torch.float16
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)
     try:
         device = x.device.type  # "npu", where the device decides, also for fake tensors
         wanted = npu_target() if device == "npu" else current_target()
-        return contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
+        plan = contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
     except ContractError as error:
         raise RuntimeError(str(error)) from None
+    return getattr(torch, plan.out.dtype)
 
 
 @torch.library.register_fake("ffn::ffn")
@@ -124,8 +129,8 @@ def _fake(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     operands = dict(zip(_OPTIONAL, optional, strict=False))
-    plan = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
-    return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
+    dtype = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("ffn::moe")
@@ -142,8 +147,8 @@ def _fake_moe(
 ) -> Tensor:
     operands = dict(zip(_OPTIONAL[1:], optional, strict=False))
     operands |= {"topk_ids": topk_ids, "topk_weights": topk_weights}
-    plan = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
-    return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
+    dtype = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("ffn::ffn.out")
@@ -225,7 +230,7 @@ def ffn(
 
     x: [..., K1], 2 to 8 dimensions, M rows in all. weight1: [K1, N1] and weight2: [K2, N2], with a leading E
     when expert_tokens is given; int4 weights are packed in int32 (8 values) or uint8 (2 values), low nibble
-    first. expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and
+    first; on the CPU, weights from `prepack` are fastest. expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and
     expert e owns the rows after those of expert e - 1. GLU activations compute left * act(right) of the first
     product's halves. scale, offset, deq_scale1, deq_scale2 belong to int8 x, the four antiquant tensors to
     integer weights beside 16-bit x. inner_precise (fp16 only): 0 high precision, 1 high performance; by

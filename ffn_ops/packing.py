@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage forms of the operator's tensors: packed int4 weights, 64-bit deq_scale, the order of GLU halves.
+"""Storage forms of the operator's tensors: weights prepacked for the CPU, packed int4, 64-bit deq_scale, the
+order of GLU halves.
 
 quantize/ and layer.py build on it; users of torch.ops.ffn.ffn call it on their own weights. Torch only.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +84,47 @@ def swap_glu_halves(tensor: Tensor, dim: int = -1) -> Tensor:
             "(choose the dimension that holds both halves)"
         )
     return tensor.roll(tensor.shape[dim] // 2, dim)
+
+
+def prepack(weight: Tensor | Sequence[Tensor]) -> Tensor:
+    """`weight` in the order in which the CPU's kernels read it: a row of uint8 that torch.ops.ffn.ffn and
+    ffn.moe take wherever they take `weight`.
+
+    weight: [K, N] or [E, K, N] on the CPU, in a dtype of the contract's weights (int4 as `pack_int4` stores
+    it); transposed views are read as they are. A sequence gives the [K, N] of each expert, which is asked for
+    when it is packed, so no two copies of all experts need exist. The tensor can be saved, loaded, cloned and
+    shared like any other; its memory lies on pages of 2 MB where Linux grants them.
+    """
+    tensor = isinstance(weight, Tensor)
+    if len(weight) == 0 or (tensor and weight.dim() not in (2, 3)):
+        shape = tuple(weight.shape) if tensor else (0,)
+        raise ContractError(
+            f"weight has shape {shape}, but it must be [K, N] or [E, K, N] with an expert or more "
+            "(pass the weight of one product)"
+        )
+    if tensor and weight.dim() == 2:
+        experts: Tensor | Sequence[Tensor] = [weight]
+        E = 0
+    else:
+        experts = weight
+        E = len(weight)
+    try:
+        block = torch.ops.ffn.new_block(experts[0], E)
+        for expert in range(max(E, 1)):
+            torch.ops.ffn.pack_expert(block, experts[expert], expert)
+    except RuntimeError as error:
+        raise ContractError(str(error)) from None
+    return block
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The contiguous weight that `prepack` was given, bit for bit; int4 comes in uint8."""
+    try:
+        return torch.ops.ffn.unpack(packed)
+    except RuntimeError as error:
+        raise ContractError(str(error)) from None
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether `weight` looks as `prepack` returns it."""
+    return weight.dtype == torch.uint8 and weight.dim() == 1

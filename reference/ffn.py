@@ -40,7 +40,7 @@ class Expert(NamedTuple):
     rows: slice  # of x and y as matrices
     first: Product
     second: Product
-    scale: Array | None  # one value or [N1]
+    scale: Array | None  # one value or [K2]
     offset: Array | None  # one value
 
 
@@ -122,9 +122,12 @@ def results(x: Array, expert: Expert, activation: str, inner_precise: int, dtype
     if x.dtype == np.int8:
         value = dequantize(acc, expert.first)
         if dtype == np.float16:
-            h = activate(nearest_even(value, np.float16), activation)
+            value = nearest_even(value, np.float16)
+        if activation in GLU:
+            left, right = np.split(value.astype(np.float32), 2, axis=-1)
+            h = nearest_even(left * activate(right, activation), np.float16)
         else:
-            h = nearest_even(activate(value, activation), np.float16)
+            h = nearest_even(activate(value, activation), np.float16)  # float16 step by step where value is
         assert expert.scale is not None and expert.offset is not None
         q = quantize(h, expert.scale, expert.offset)
         return dequantize(accumulate(q, expert.second), expert.second)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from ffn_ops import contract
-from ffn_ops.contract import ACTIVATIONS, FLOAT_MODES, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
+from ffn_ops.contract import ACTIVATIONS, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
 
 DEVICE = os.environ["FFN_OPS_TEST_DEVICE"]  # "cpu" or "npu": conftest.py's option --device
 TARGET = {"cpu": "cpu", "npu": "ascend910b"}[DEVICE]
@@ -198,18 +198,14 @@ def calls(
     if target == "ascend310p":
         rows = [m for m in rows if m.name == "fp16"]
     if glu:
-        rows = [m for m in rows if m.name in (FLOAT_MODES if target == "cpu" else ("fp16",))]
+        rows = [m for m in rows if target == "cpu" or m.name == "fp16"]
     if per_group:
         rows = [m for m in rows if m.antiquant and (target == "cpu" or m.weight == "int4")]
     if per_channel:
         rows = [m for m in rows if m.scale]
     mode = draw(st.sampled_from(rows))
 
-    may_glu = (
-        mode.name in FLOAT_MODES
-        if target == "cpu"
-        else mode.name == "fp16" and target != "ascend310p" and not experts
-    )
+    may_glu = target == "cpu" or (mode.name == "fp16" and target != "ascend310p" and not experts)
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
     name = draw(st.sampled_from(GLU if use_glu else ACTIVATIONS[:4]))
     may_experts = target == "cpu" or not (use_glu or target == "ascend310p")

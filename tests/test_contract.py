@@ -135,7 +135,7 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "glu-columns": (calls(glu=True), grow("K2", 1)),
     "columns": (calls(glu=False), grow("K2", 8)),
     "output-size": (calls(), grow("K1", 8)),
-    "int4-even-columns1": (calls(modes=INT4), lambda call: resized(call, N1=5, K2=5)),
+    "int4-even-columns1": (calls(modes=INT4, glu=False), lambda call: resized(call, N1=5, K2=5)),
     "int4-even-columns2": (calls(modes=INT4), lambda call: resized(call, K1=5, N2=5)),
     "per-group-int4-only": (
         calls(modes=("w8a16", "w8a16_bf16"), per_group=True),
@@ -144,11 +144,11 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "groups1": (calls(per_group=True), lambda call: resized(call, G1=0)),
     "groups2": (calls(per_group=True), lambda call: resized(call, G2=0)),
     "groups1-divide": (calls(per_group=True), lambda call: resized(call, K1=8, N2=8, G1=3)),
-    "groups2-divide": (calls(per_group=True), lambda call: resized(call, K2=8, N1=8, G2=16)),
+    "groups2-divide": (calls(per_group=True, glu=False), lambda call: resized(call, K2=8, N1=8, G2=16)),
     "K1-limit": (calls(target=npu), lambda call: resized(call, K1=65536, N2=65536, G1=1)),
     "K2-limit": (calls(target=npu, glu=False), lambda call: resized(call, K2=65536, N1=65536, G2=1)),
     "K1-int32-sum": (calls(modes=QUANT), lambda call: resized(call, K1=131072, N2=131072)),
-    "K2-int32-sum": (calls(modes=QUANT), lambda call: resized(call, K2=131072, N1=131072)),
+    "K2-int32-sum": (calls(modes=QUANT, glu=False), lambda call: resized(call, K2=131072, N1=131072)),
     "M-limit": (calls(target=npu, modes=("fp16", "bf16", *ANTIQUANT)), with_x(2147483633)),
     "M-limit-int8": (calls(target=npu, modes=QUANT), with_x(2147483617)),
     "E-limit": (
@@ -162,10 +162,6 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "glu-mode-npu": (
         calls(modes=("bf16",), glu=True, experts=False),
         lambda call: replace(call, target=npu, inner_precise=None),
-    ),
-    "glu-mode-cpu": (
-        calls(modes=(*QUANT, *ANTIQUANT)),
-        lambda call: replace(resized(call, N1=16, K2=8, G2=1), activation="swiglu"),
     ),
     "glu-experts": (
         calls(modes=("fp16",), glu=True, experts=True),

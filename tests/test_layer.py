@@ -210,7 +210,6 @@ def test_glu_weights_are_in_the_order_of_the_operator(mode):
         ((8, 12, 12, 8), ("relu", "w8a8", 4), "group_size is 4, but mode w8a8 has no groups"),
         ((8, 13, 13, 8), ("relu", "w4a16"), "N1 = 13 int4 columns, but two share a byte"),
         ((9, 12, 12, 9), ("relu", "w4a16"), "N2 = 9 int4 columns, but two share a byte"),
-        ((8, 24, 12, 8), ("swiglu", "w8a16"), "'swiglu' in mode w8a16, but GLU runs in float32"),
     ],
 )  # fmt: skip
 def test_what_no_layer_can_be_made_from_is_refused(sizes, arguments, sentence):

@@ -229,8 +229,12 @@ def _int8_results(
     value = dequantize(accumulate(x, expert.first), expert.first)  # bit for bit
     if dtype == np.float16:
         value = nearest_even(value, np.float16)
-    act = _stepwise if stepwise and dtype == np.float16 else _activation
-    h = _through(lambda v: nearest_even(v, np.float16), act(_point(value), activation))
+    if activation in GLU:
+        left, right = np.split(value, 2, axis=-1)
+        h = _times(_point(left), _activation(_point(right), activation))
+    else:
+        h = (_stepwise if stepwise and dtype == np.float16 else _activation)(_point(value), activation)
+    h = _through(lambda v: nearest_even(v, np.float16), h)
     scale, offset = expert.scale, expert.offset
     assert scale is not None and offset is not None
     q = _through(lambda v: quantize(v.astype(np.float16), scale, offset), h)

@@ -8,7 +8,7 @@
 #include "cpu/activation-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/kernels.h"
-#include "cpu/unpack-inl.h"
+#include "cpu/packed-inl.h"
 #include "cpu/vec-inl.h"
 
 namespace ffn::cpu {
@@ -40,19 +40,19 @@ inline void LoadDeqScale(const Wave& wave, const void* data, int64_t index, int6
 }
 
 // What is stored per output channel, for the columns of a task. An absent bias is zeros.
-inline void LoadChannels(const Wave& wave, const Product& product, int64_t expert, int64_t column,
-                         int64_t columns, float* bias, TaskScratch* scratch) {
+inline void LoadChannels(const Wave& wave, const Product& product, int64_t expert, const Columns& columns,
+                         float* bias, float* deq_scale) {
   const Channels& channels = *product.channels;
-  const int64_t index = expert * product.N + column;
+  const int64_t index = expert * product.N + columns.column;
   if (channels.bias == nullptr) {
     __builtin_memset(bias, 0, kMaxColumns * sizeof(float));
   } else if (wave.steps.quant) {
     __builtin_memcpy(bias, static_cast<const int32_t*>(channels.bias) + index,
-                     static_cast<size_t>(columns) * 4);
+                     static_cast<size_t>(columns.columns) * 4);
   } else {
-    LoadRow(wave.problem->bias_dtype, channels.bias, index, columns, bias);
+    LoadRow(wave.problem->bias_dtype, channels.bias, index, columns.columns, bias);
   }
-  if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns, scratch->deq_scale);
+  if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns.columns, deq_scale);
 }
 
 // kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.
@@ -76,12 +76,18 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
                   TaskScratch* scratch) {
   const Problem& problem = *wave.problem;
   const Steps& steps = wave.steps;
-  const int64_t stride = TileStride(columns);
   const int64_t hidden = wave.second.K;
+  int64_t stride = 0;
+  const float* tiles[2] = {};  // at the first column of this task
   for (int half = 0; half <= (steps.glu ? 1 : 0); ++half) {
-    LoadChannels(wave, wave.first, segment.expert, half * hidden + column, columns, scratch->bias[half],
-                 scratch);
-    Multiply(wave, wave.first, segment, half * hidden + column, columns, scratch->tile[half], scratch);
+    // The right half of a GLU may begin inside a panel; then the panel is computed from its first column.
+    const int64_t first = half * hidden + column, skipped = first % kPackedColumns;
+    const Columns all = {first - skipped, columns + skipped};
+    Multiply(wave, wave.first, segment, all, scratch->tile[half], scratch);
+    LoadChannels(wave, wave.first, segment.expert, {first, columns}, scratch->bias[half],
+                 scratch->deq_scale[half]);
+    stride = TileStride(all.columns);
+    tiles[half] = scratch->tile[half] + skipped;
   }
   F32 offset = {};
   if (steps.quant) {
@@ -97,13 +103,14 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
   }
   for (int64_t r = 0; r < segment.rows; ++r) {
     for (int64_t n = 0; n < columns; n += kLanes) {
-      const int64_t at = r * stride + n;
-      F32 value = Round(steps.first, Result(steps.quant, scratch->tile[0] + at, scratch->bias[0] + n,
-                                            scratch->deq_scale + n));
+      const auto sums = [&](int half) {
+        const float* const at = tiles[half] + r * stride + n;
+        return Round(steps.first,
+                     Result(steps.quant, at, scratch->bias[half] + n, scratch->deq_scale[half] + n));
+      };
+      F32 value = sums(0);
       if (steps.glu) {
-        const F32 right =
-            Round(steps.first, Result(false, scratch->tile[1] + at, scratch->bias[1] + n, nullptr));
-        value = value * Activate(problem.activation, right);
+        value = value * Activate(problem.activation, sums(1));
       } else {
         value = Activate(problem.activation, value);
       }
@@ -144,13 +151,13 @@ void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int
   const Problem& problem = *wave.problem;
   const Steps& steps = wave.steps;
   const int64_t stride = TileStride(columns);
-  LoadChannels(wave, wave.second, segment.expert, column, columns, scratch->bias[0], scratch);
-  Multiply(wave, wave.second, segment, column, columns, scratch->tile[0], scratch);
+  LoadChannels(wave, wave.second, segment.expert, {column, columns}, scratch->bias[0], scratch->deq_scale[0]);
+  Multiply(wave, wave.second, segment, {column, columns}, scratch->tile[0], scratch);
   for (int64_t r = 0; r < segment.rows; ++r) {
     const int64_t row = wave.first_row + segment.row + r;
     for (int64_t n = 0; n < columns; n += kLanes) {
       const F32 value = Result(steps.quant, scratch->tile[0] + r * stride + n, scratch->bias[0] + n,
-                               scratch->deq_scale + n);
+                               scratch->deq_scale[0] + n);
       if (problem.assignments == nullptr) {
         StoreResult(problem.y_dtype, steps.y, value, problem.y, row * wave.second.N + column + n,
                     columns - n);

@@ -76,10 +76,15 @@ struct FreeAligned {
 // (gemm-inl.h).
 int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
                     int64_t workers) {
+  // The right half of a GLU may begin inside a panel, which must fit the tile too.
+  if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   // A transposed weight is contiguous along K, so nothing is gained from wide tasks.
-  if (product.weight->col_stride != 1) return kMinColumns;
+  if (!product.weight->packed && product.weight->col_stride != 1) return kMinColumns;
   int64_t most_rows = 0;
   for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
+  // Only so do blocks of kKBlock rows fit the scratch for panels, when it is used.
+  const bool panels = !product.weight->packed || most_rows > kFewRows;
+  if (product.channels->antiquant_scale != nullptr && panels) return kMinColumns;
   int64_t width = kMinColumns;
   while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
          static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {

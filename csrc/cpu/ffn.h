@@ -16,15 +16,21 @@ enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeGlu, kSwiGl
 
 inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
 
-// A weight matrix of each expert: element (e, k, n) is at e * expert_stride + k * row_stride + n *
-// col_stride, in elements, from `data`. One of row_stride and col_stride is 1 (both [K, N] and transposed
-// nn.Linear weights are read in place). kInt4 is always dense [E, K, N]: two elements per byte along N, low
-// nibble first.
+// Columns of a panel of a packed weight (packed.h).
+inline constexpr int64_t kPackedColumns = 32;
+
+// A weight matrix of each expert. Plain: element (e, k, n) is at e * expert_stride + k * row_stride + n *
+// col_stride, in elements, from `data`; one of row_stride and col_stride is 1, so that both [K, N] and
+// transposed nn.Linear weights are read in place; kInt4 is always dense [E, K, N], two elements per byte
+// along N, low nibble first. Packed: the panels of a block that packed.h describes, expert_stride bytes an
+// expert.
 struct Weight {
   const void* data = nullptr;
   int64_t expert_stride = 0;
   int64_t row_stride = 0;
   int64_t col_stride = 0;
+  bool packed = false;
+  int64_t panel_bytes = 0;
 };
 
 // Everything about one product that is stored per output channel. Null pointers mean "absent". All are dense.
@@ -89,7 +95,7 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 208 KiB a thread, whatever M is.
+// where that is more) and 270 KiB a thread, whatever M is.
 size_t ScratchBytes(const Problem& problem, int64_t threads);
 
 // Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.

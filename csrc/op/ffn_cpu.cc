@@ -23,12 +23,6 @@ ScalarType ToTorch(cpu::DType y_dtype) {
                                            : ScalarType::BFloat16;
 }
 
-void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, i);
-  });
-}
-
 // Dense tensors that a Problem points into; they live as long as the call.
 class DenseTensors {
  public:
@@ -65,13 +59,14 @@ class DenseTensors {
     channels.antiquant_offset = Data(antiquant_offset);
   }
 
-  // A weight in place when rows or columns are dense, as for [K, N] weights and transposed nn.Linear weights.
   cpu::Weight Weight(Operand name, cpu::DType dtype, int64_t K, int64_t N) {
     const Tensor& tensor = arguments_.operand(name);
-    const int64_t rank = tensor.dim();
-    const int64_t row_stride = tensor.stride(rank - 2), col_stride = tensor.stride(rank - 1);
-    if (dtype == cpu::DType::kInt4 || (row_stride != 1 && col_stride != 1)) return {Data(name), K * N, N, 1};
-    return {tensor.const_data_ptr(), rank == 3 ? tensor.stride(0) : 0, row_stride, col_stride};
+    if (const std::optional<cpu::PackedHeader> header =
+            PackedHeaderOf(contract::kOperandNames[name], tensor)) {
+      return cpu::PackedWeight(*header, tensor.const_data_ptr());
+    }
+    if (const std::optional<cpu::Weight> weight = WeightInPlace(tensor, dtype)) return *weight;
+    return {Data(name), K * N, N, 1};
   }
 
  private:
@@ -113,7 +108,7 @@ Tensor NewY(const Tensor& x, const cpu::Problem& problem) {
 // Calls run(parallel), which says with std::bad_alloc that scratch_bytes(threads) cannot be had.
 template <class Run, class ScratchBytes>
 void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
-  const cpu::ParallelFor parallel{torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads};
+  const cpu::ParallelFor parallel = TorchThreads();
   try {
     run(parallel);
   } catch (const std::bad_alloc&) {

@@ -77,12 +77,18 @@ STABLE_TORCH_LIBRARY(ffn, m) {
   m.def("ffn(" FFN_SCHEMA ") -> Tensor");
   m.def("ffn.out(" FFN_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("moe(" MOE_SCHEMA ") -> Tensor");
+  m.def("new_block(Tensor weight, int E) -> Tensor");
+  m.def("pack_expert(Tensor(a!) block, Tensor weight, int expert) -> ()");
+  m.def("unpack(Tensor block) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ffn, CPU, m) {
   m.impl("ffn", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu>)));
   m.impl("ffn.out", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu, torch::stable::Tensor>)));
   m.impl("moe", TORCH_BOX(&ffn::op::Moe));
+  m.impl("new_block", TORCH_BOX(&ffn::op::NewBlock));
+  m.impl("pack_expert", TORCH_BOX(&ffn::op::PackExpert));
+  m.impl("unpack", TORCH_BOX(&ffn::op::Unpack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ffn, PrivateUse1, m) {
