@@ -169,6 +169,12 @@ class Weights:
         return Product(values, *per_expert)
 
     @cached_property
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Both weights as nn.Linear has them, [N, K]; one copy for all peers that keep them so."""
+        first, second = (product.values.mT.contiguous() for product in (self.first, self.second))
+        return first, second
+
+    @cached_property
     def operands(self) -> dict[str, Any]:
         """What torch.ops.ffn.ffn and torch.ops.ffn.moe take beside x and the routing."""
         row = self.mode.row

@@ -59,8 +59,8 @@ def only(
 
 
 def linear_weights(product: Product) -> Tensor:
-    """[N, K], or [E, N, K]: the layout of nn.Linear."""
-    return product.values.transpose(-1, -2).contiguous()
+    """[N, K], or [E, N, K], as nn.Linear: for peers that pack it and drop it. See Weights.linear."""
+    return product.values.mT.contiguous()
 
 
 def biases(case: Case) -> tuple[Tensor | None, Tensor | None]:
@@ -134,7 +134,7 @@ class Eager(Peer):
         return only(case, modes="float32 fp16 bf16")
 
     def weights(self, case: Case) -> list[Tensor]:
-        return [linear_weights(p).transpose(-1, -2) for p in (case.weights.first, case.weights.second)]
+        return [weight.mT for weight in case.weights.linear]
 
     def make(self, case: Case) -> Call:
         weight1, weight2 = self.weights(case)
@@ -207,9 +207,7 @@ class GroupedMM(Peer):
     def make(self, case: Case) -> Call:
         assert case.routing is not None
         ids, weights = case.routing
-        weight1, weight2 = (
-            linear_weights(p).transpose(-1, -2) for p in (case.weights.first, case.weights.second)
-        )
+        weight1, weight2 = (weight.mT for weight in case.weights.linear)
 
         def call() -> Tensor:
             flat = ids.flatten()
@@ -340,7 +338,7 @@ class IntMM(Peer):
         return only(case, modes="w8a8 w8a8_bf16")
 
     def make(self, case: Case) -> Call:
-        weights = [linear_weights(p).transpose(-1, -2) for p in (case.weights.first, case.weights.second)]
+        weights = [weight.mT for weight in case.weights.linear]
         scales = [case.weights.first.scale * case.x_scale, case.weights.second.scale * case.weights.h_scale]
         bias = [case.weights.first.bias, case.weights.second.bias]
 
@@ -369,7 +367,7 @@ class Int8Pack(Peer):
 
     def make(self, case: Case) -> Call:
         first, second = case.weights.first, case.weights.second
-        weights = [linear_weights(p) for p in (first, second)]
+        weights = case.weights.linear
         bias1, bias2 = biases(case)
         multiply = torch.ops.aten._weight_int8pack_mm
 

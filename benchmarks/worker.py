@@ -79,6 +79,11 @@ def measure_cell(
         if refusal is not None:
             results[peer.name] = {"status": "refused", "reason": refusal}
             continue
+        size, free = case.shape.weight_bytes(case.mode_name), machine.free_bytes()
+        if 1.5 * size > free:  # its copy of the weights, and what it needs to make that
+            reason = f"a copy of {size / 1e9:.1f} GB of weights leaves too little of {free / 1e9:.1f} GB free"
+            results[peer.name] = {"status": "skipped", "reason": reason}
+            continue
         try:
             begin = time.perf_counter()
             call = peer.make(case)
