@@ -8,6 +8,8 @@ GLU.
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +116,8 @@ class Weights:
         self.shape, self.mode = shape, Mode(mode)
         generator = torch.Generator().manual_seed(SEED)
         self.h_scale = 0.0  # of the int8 intermediate
+        self.pack_seconds: dict[str, float] = {}  # by peer
+        self._kept: dict[str, Any] = {}
         self.first = self._product(shape.K1, shape.N1, generator)
         self.second = self._product(shape.K2, shape.K1, generator)
         if self.mode.row.scale:
@@ -167,6 +171,14 @@ class Weights:
             None if t is None else t.expand(E, *t.shape).contiguous() for t in (bias, scale, offset)
         ]
         return Product(values, *per_expert)
+
+    def kept(self, peer: str, pack: Callable[[], Any]) -> Any:
+        """What `pack` makes of the weights, once for all cells of this shape and mode, and timed."""
+        if peer not in self._kept:
+            begin = time.perf_counter()
+            self._kept[peer] = pack()
+            self.pack_seconds[peer] = time.perf_counter() - begin
+        return self._kept[peer]
 
     @cached_property
     def linear(self) -> tuple[Tensor, Tensor]:

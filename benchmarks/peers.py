@@ -121,7 +121,9 @@ class OursPacked(Ours):
 
     def operands(self, case: Case) -> dict[str, Any]:
         plain = case.weights.operands
-        return plain | {name: ffn_ops.prepack(plain[name]) for name in ("weight1", "weight2")}
+        return plain | case.weights.kept(
+            self.name, lambda: {name: ffn_ops.prepack(plain[name]) for name in ("weight1", "weight2")}
+        )
 
 
 class Eager(Peer):

@@ -118,11 +118,16 @@ class FusedMoe(Vllm):
     def make(self, case: Case) -> Call:
         assert case.routing is not None
         hint = isa(case.mode.dtype)
-        packed = []
-        for weight in (gate_first(case.weights.first.values, case), case.weights.second.values):
-            linear = weight.transpose(-1, -2).contiguous()
-            packed.append(torch.empty_like(linear))
-            torch.ops._C.prepack_moe_weight(linear, packed[-1], hint)
+
+        def pack() -> list[Tensor]:
+            packed = []
+            for weight in (gate_first(case.weights.first.values, case), case.weights.second.values):
+                linear = weight.mT.contiguous()
+                packed.append(torch.empty_like(linear))
+                torch.ops._C.prepack_moe_weight(linear, packed[-1], hint)
+            return packed
+
+        packed = case.weights.kept(self.name, pack)
         bias1, bias2 = biases(case)
         if bias1 is not None:
             bias1 = gate_first(bias1, case)
