@@ -15,6 +15,7 @@
 #include "cpu/problem.h"
 #include "python/bind_aclnn.h"
 #include "python/bind_contract.h"
+#include "python/bind_probe.h"
 
 namespace py = pybind11;
 
@@ -229,4 +230,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("selected_isa", &ffn::cpu::SelectedIsa, "The instruction set that calls use.");
   ffn::BindContract(module);
   ffn::BindAclnn(module);
+  ffn::BindProbe(module);
 }
