@@ -186,19 +186,12 @@ class FFN(nn.Module):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, nn.Parameter):  # with assign=True it would become a parameter, not a buffer
                 state_dict[prefix + name] = loaded = loaded.detach()
-            if isinstance(loaded, Tensor) and is_packed(loaded) != is_packed(buffer):
+            if isinstance(loaded, Tensor) and is_packed(loaded) | is_packed(buffer):
                 try:
-                    state_dict[prefix + name] = loaded = prepack(loaded) if is_packed(buffer) else unpack(loaded)
+                    state_dict[prefix + name] = loaded = _as_packed_as(buffer, loaded)
                 except ContractError as error:
                     error_msgs.append(f"{prefix}{name}: {error}")
                     continue
-            if isinstance(loaded, Tensor) and is_packed(loaded) and packed_spec(loaded) != packed_spec(buffer):
-                dtype, shape = packed_spec(buffer)
-                error_msgs.append(
-                    f"{prefix}{name} is no packed {dtype} weight of shape {list(shape)}, which this FFN has "
-                    "(load it into an FFN of the mode and sizes that it was saved from)"
-                )
-                continue
             if isinstance(loaded, Tensor) and loaded.dtype != buffer.dtype:
                 error_msgs.append(
                     f"{prefix}{name} is {loaded.dtype}, but mode {self.mode} takes {buffer.dtype} "
@@ -228,6 +221,21 @@ def _mode(name: str) -> Mode:
     raise ContractError(
         f"mode is {name!r}, but it must be one of {', '.join(row.name for row in contract.MODES)} (name one)"
     )
+
+
+def _as_packed_as(buffer: Tensor, loaded: Tensor) -> Tensor:
+    """The weight `loaded`, prepacked or not as the module's own is."""
+    if not is_packed(loaded):
+        loaded = prepack(loaded)
+    if not is_packed(buffer):
+        return unpack(loaded)
+    if packed_spec(loaded) != packed_spec(buffer):
+        dtype, shape = packed_spec(buffer)
+        raise ContractError(
+            f"it is no {dtype} weight of shape {list(shape)}, which this FFN has "
+            "(load it into an FFN of the mode and sizes that it was saved from)"
+        )
+    return loaded
 
 
 def _check_group_size(group_size: int, row: Mode, K1: int, K2: int) -> None:

@@ -88,9 +88,10 @@ def _check(
     inner_precise: int | None,
     output_dtype: torch.dtype | None,
 ) -> torch.dtype:
-    """The dtype of y, and while tracing the contract. x's leading sizes may be symbolic: nothing looks at them.
+    """The dtype of y, after the contract's checks. x's leading sizes may be symbolic: nothing looks at them.
 
-    What a prepacked weight holds cannot be known from a fake one, so such a call is checked when it runs."""
+    What a prepacked weight holds cannot be known from a fake one, so such a call is checked when it runs.
+    """
     given = {"x": x, "weight1": weight1, "weight2": weight2, **operands}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {}
@@ -230,12 +231,12 @@ def ffn(
 
     x: [..., K1], 2 to 8 dimensions, M rows in all. weight1: [K1, N1] and weight2: [K2, N2], with a leading E
     when expert_tokens is given; int4 weights are packed in int32 (8 values) or uint8 (2 values), low nibble
-    first; on the CPU, weights from `prepack` are fastest. expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and
-    expert e owns the rows after those of expert e - 1. GLU activations compute left * act(right) of the first
-    product's halves. scale, offset, deq_scale1, deq_scale2 belong to int8 x, the four antiquant tensors to
-    integer weights beside 16-bit x. inner_precise (fp16 only): 0 high precision, 1 high performance; by
-    default what the activation has. output_dtype: float16 (default) or bfloat16 for int8 x. Returns y, in x's
-    shape.
+    first; on the CPU, weights from `prepack` are fastest. expert_tokens: E row counts, or inclusive end rows
+    with tokens_index_flag; their total is M, and expert e owns the rows after those of expert e - 1. GLU
+    activations compute left * act(right) of the first product's halves. scale, offset, deq_scale1, deq_scale2
+    belong to int8 x, the four antiquant tensors to integer weights beside 16-bit x. inner_precise (fp16
+    only): 0 high precision, 1 high performance; by default what the activation has. output_dtype: float16
+    (default) or bfloat16 for int8 x. Returns y, in x's shape.
 
     Dtypes and shapes: README's table of modes, contract.OPERANDS. Source: contract sections a, b and d.
     """

@@ -96,15 +96,16 @@ def prepack(weight: Tensor | Sequence[Tensor]) -> Tensor:
     when it is packed, so no two copies of all experts need exist. The tensor can be saved, loaded, cloned and
     shared like any other; its memory lies on pages of 2 MB where Linux grants them.
     """
-    tensor = isinstance(weight, Tensor)
-    dense = tensor and weight.dim() == 2
-    if (tensor and weight.dim() not in (2, 3)) or (not dense and len(weight) == 0):
+    experts: Sequence[Tensor] | Tensor = weight
+    E = len(weight)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        experts, E = [weight], 0
+    elif E == 0 or (isinstance(weight, Tensor) and weight.dim() != 3):
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
         raise ContractError(
-            f"weight has shape {tuple(weight.shape) if tensor else (0,)}, but it must be [K, N] or [E, K, N] with an "
-            "expert or more (pass the weight of one product)"
+            f"weight has shape {shape}, but it must be [K, N] or [E, K, N] with an expert or more "
+            "(pass the weight of one product)"
         )
-    experts: Tensor | Sequence[Tensor] = [weight] if dense else weight
-    E = 0 if dense else len(weight)
     first = experts[0]
     _check_cpu("weight", first)
     try:
@@ -141,5 +142,6 @@ def packed_spec(packed: Tensor) -> Spec:
 def _check_cpu(name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise ContractError(
-            f"{name} is on {tensor.device}, but only the CPU's kernels read packed weights (move it with .cpu())"
+            f"{name} is on {tensor.device}, but only the CPU's kernels read packed weights "
+            "(move it with .cpu())"
         )

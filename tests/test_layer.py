@@ -416,5 +416,5 @@ def test_a_packed_module_computes_saves_and_loads_as_the_plain_one(mode, tmp_pat
 
 
 def test_a_packed_weight_of_another_mode_is_not_loaded():
-    with pytest.raises(RuntimeError, match=r"weight1 is no packed bfloat16 weight of shape \[64, 96\]"):
+    with pytest.raises(RuntimeError, match=r"weight1: it is no bfloat16 weight of shape \[64, 96\]"):
         make("bf16").pack_().load_state_dict(make("fp16").pack_().state_dict())
