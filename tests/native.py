@@ -6,10 +6,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from tolerance import Kernel
 
 from ffn_ops import _native
 
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
+TILES = {name: Kernel(tiles=name.startswith("amx")) for name in SUPPORTED_ISAS}  # for the bound of each
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -14,13 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DEVICE, TARGET, Call, calls, to_numpy
-from tolerance import assert_close
+from tolerance import Kernel, assert_close
 
 import ffn_ops
 import reference
+from ffn_ops import _native
 from ffn_ops.contract import MODES, TARGETS
 
 MODE_NAMES = tuple(mode.name for mode in MODES if TARGETS[TARGET][0] in mode.routes.split())
+KERNEL = Kernel(stepwise=DEVICE == "npu", tiles=DEVICE == "cpu" and _native.selected_isa().startswith("amx"))
 SEEDS = st.integers(0, 2**32 - 1)
 op = torch.ops.ffn.ffn
 
@@ -52,7 +54,7 @@ def test_a_legal_call_agrees_with_the_reference(mode: str, data: st.DataObject, 
     arrays = call.arrays(seed)
     y = run(call, arrays)
     options = call.reference_options()
-    assert_close(to_numpy(y), stepwise=DEVICE == "npu", **arrays, activation=call.activation, **options)
+    assert_close(to_numpy(y), kernel=KERNEL, **arrays, activation=call.activation, **options)
     if mode.startswith("w8a8") and call.activation.lower() == "relu":
         expected = reference.ffn(**arrays, activation=call.activation, **options)
         assert np.array_equal(to_numpy(y), expected, equal_nan=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import ACTIVATION_ERROR, EXP_ERROR, SLOPE, assert_close, bound
+from tolerance import ACTIVATION_ERROR, EXP_ERROR, SLOPE, Kernel, assert_close, bound
 
 import reference
 from reference.activation import FORMULAS, GLU, activate
@@ -456,9 +456,9 @@ def test_any_float32_or_stepwise_kernel_keeps_the_bound(
     stepwise = exp_error is not None
     with kernel(product, exp_error):
         y = reference.ffn(**drawn)
-    assert_close(y, **drawn, stepwise=stepwise)
+    assert_close(y, **drawn, kernel=Kernel(stepwise=stepwise))
     if drawn["x"].dtype == I8 and activation == "relu":
-        assert not bound(**drawn, stepwise=stepwise).any()
+        assert not bound(**drawn, kernel=Kernel(stepwise=stepwise)).any()
 
 
 @pytest.mark.parametrize("activation", list(SLOPE))
@@ -556,7 +556,7 @@ def test_a_mutant_breaks_the_bound(mutant: str) -> None:
             assert_close(reference.ffn(**drawn), **drawn)
     for stepwise in (False, True):
         with pytest.raises(AssertionError, match="cells are beyond theirs"):
-            assert_close(mutate(drawn), **drawn, stepwise=stepwise)
+            assert_close(mutate(drawn), **drawn, kernel=Kernel(stepwise=stepwise))
 
 
 def test_assert_close_names_the_worst_cell() -> None:

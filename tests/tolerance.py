@@ -33,6 +33,10 @@ from reference.rounding import Array, half_away, multiplier, nearest_even, quant
 
 UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
 TINY = 2.0**-149  # and by less than this when it is subnormal
+FLUSHED = 2.0**-126  # what tiles take for zero is less
+SPLIT = (
+    2.0**-18
+)  # a float16 is within 2**-9 of the nearest bf16, so this much of a product is that of both rests
 FLOAT32_LIMIT = float(np.finfo(np.float32).max)
 # Roundings that a term of a sum may meet besides the K of the sum: its product, the weight's + offset and
 # * scale, the bias; the fifth is room for this file's own float64 arithmetic.
@@ -96,27 +100,36 @@ def _through(step: Callable[[Array], Array], v: Interval) -> Interval:
     return Interval(np.minimum(*ends), np.maximum(*ends))
 
 
-def bound(*args: Any, stepwise: bool = False, **kwargs: Any) -> Array:
-    """The largest admissible |kernel - reference.ffn(...)| of each cell, as float64; same arguments as that.
+class Kernel(NamedTuple):
+    """What a kernel may do beyond summing float32 products in any order.
 
-    stepwise: the kernel may also evaluate activations in float16 steps where the contract does, as an NPU.
+    stepwise: evaluate activations in float16 steps where the contract does, as an NPU. tiles: multiply bf16 on
+    tiles that take subnormals for zero, and float16 as the sum of two bf16 without the product of both rests.
+    """
+
+    stepwise: bool = False
+    tiles: bool = False
+
+
+def bound(*args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> Array:
+    """The largest admissible |kernel - reference.ffn(...)| of each cell, as float64; same arguments as that.
 
     An infinity counts as the power of two after y's largest finite value. A bound of inf allows anything, NaN
     too; where the reference is NaN, 0 asks for NaN.
     """
-    return _reference_and_bound(stepwise, *args, **kwargs)[1]
+    return _reference_and_bound(kernel, *args, **kwargs)[1]
 
 
 @np.errstate(all="ignore")
-def assert_close(actual: Array, *args: Any, stepwise: bool = False, **kwargs: Any) -> None:
+def assert_close(actual: Array, *args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> None:
     """Asserts |actual - reference.ffn(...)| <= bound(...) in every cell; reports the worst one."""
-    _assert_within(actual, *_reference_and_bound(stepwise, *args, **kwargs))
+    _assert_within(actual, *_reference_and_bound(kernel, *args, **kwargs))
 
 
 @np.errstate(all="ignore")
-def assert_moe_close(actual: Array, *args: Any, **kwargs: Any) -> None:
+def assert_moe_close(actual: Array, *args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> None:
     """assert_close for reference.moe."""
-    _assert_within(actual, *_moe_reference_and_bound(*args, **kwargs))
+    _assert_within(actual, *_moe_reference_and_bound(kernel, *args, **kwargs))
 
 
 def _assert_within(actual: Array, expected: Array, limit: Array) -> None:
@@ -135,7 +148,7 @@ def _assert_within(actual: Array, expected: Array, limit: Array) -> None:
 
 
 @np.errstate(all="ignore")
-def _reference_and_bound(stepwise: bool, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
+def _reference_and_bound(kernel: Kernel, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
     expected = reference.ffn(*args, **kwargs)
     call = inspect.signature(reference.ffn).bind(*args, **kwargs)
     call.apply_defaults()
@@ -150,14 +163,13 @@ def _reference_and_bound(stepwise: bool, *args: Any, **kwargs: Any) -> tuple[Arr
         first, second, of["scale"], of["offset"], of["expert_tokens"], of["tokens_index_flag"], len(y)
     ):
         if len(expert.second.weight):  # without a second product, y is a bias, bit for bit
-            kernel = _results(
-                x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype, stepwise
-            )
-            limit[expert.rows] = _distance(kernel, y[expert.rows])
+            result = _results(x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype, kernel)
+            limit[expert.rows] = _distance(result, y[expert.rows])
     return expected, limit.reshape(expected.shape)
 
 
 def _moe_reference_and_bound(
+    kernel: Kernel,
     x: Array,
     topk_ids: Array,
     topk_weights: Array,
@@ -181,7 +193,7 @@ def _moe_reference_and_bound(
     for tokens, expert, weight in shares(len(y), topk_ids, topk_weights, weight1, weight2, operands):
         options = (activation, inner_precise, y.dtype)
         if len(expert.second.weight):
-            result = _results(matrix[tokens], expert, *options, False)
+            result = _results(matrix[tokens], expert, *options, kernel)
         else:
             result = _point(results(matrix[tokens], expert, *options))
         weighted = _times(_point(np.broadcast_to(weight, result.low.shape)), result)
@@ -204,12 +216,12 @@ def _distance(kernel: Interval, y: Array) -> Array:
 
 
 def _results(
-    x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike, stepwise: bool
+    x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike, kernel: Kernel
 ) -> Interval:
     """What a kernel may have before it rounds to y's dtype; step for step as reference.ffn's results."""
     if x.dtype == np.int8:
-        return _int8_results(x, expert, activation, dtype, stepwise)
-    acc = _product(_point(x), expert.first, x.dtype)
+        return _int8_results(x, expert, activation, dtype, kernel.stepwise)
+    acc = _product(_point(x), expert.first, x.dtype, kernel.tiles)
     rounded_before = high_performance(x, expert.first, inner_precise)
     if rounded_before:
         acc = _through(lambda v: nearest_even(v, np.float16), acc)
@@ -217,10 +229,10 @@ def _results(
         left, right = (Interval(*ends) for ends in zip(*(np.split(v, 2, axis=-1) for v in acc), strict=True))
         h = _times(left, _activation(right, activation))
     else:
-        h = (_stepwise if stepwise and rounded_before else _activation)(acc, activation)
+        h = (_stepwise if kernel.stepwise and rounded_before else _activation)(acc, activation)
     ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
     h = _through(lambda v: ties(v, x.dtype), h)
-    return _product(h, expert.second, x.dtype)
+    return _product(h, expert.second, x.dtype, kernel.tiles)
 
 
 def _int8_results(
@@ -241,8 +253,8 @@ def _int8_results(
     return _through(lambda v: dequantize(v, expert.second), _int32_product(q, expert.second))
 
 
-def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
-    """a W + b in float32, in any order, fused or not."""
+def _product(a: Interval, product: Product, dtype: npt.DTypeLike, tiles: bool) -> Interval:
+    """a W + b in float32, in any order, fused or not; or on tiles."""
     a_middle, a_radius, a_size = a.middle, a.radius, _finite(np.abs(a.middle))
     bias = np.zeros(1) if product.bias is None else product.bias.astype(np.float64)
     if product.antiquant_scale is None:
@@ -261,6 +273,11 @@ def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
         step = np.minimum(_step(a_size, axis=1) * _step(gross, axis=0), _step(_finite(bias)[None], axis=0))
         exact = ~a_radius.any(axis=1, keepdims=True) & (step >= TINY) & (size <= step / UNIT)
         error = np.where(exact, 0, error)
+    if tiles and dtype != np.float32:
+        flushed = K + (a_size + a_radius).sum(axis=1, keepdims=True) + terms.sum(axis=0, keepdims=True)
+        error = error + FLUSHED * flushed
+        if product.weight.dtype == np.float16:
+            error = error + SPLIT * size
     radius = error + a_radius @ gross + (a_size + a_radius) @ w_radius
 
     largest = np.maximum(

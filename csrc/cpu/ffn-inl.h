@@ -8,21 +8,42 @@
 #include "cpu/activation-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/kernels.h"
+#include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
+#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+#include "cpu/amx-inl.h"
+#endif
 #include "cpu/vec-inl.h"
 
 namespace ffn::cpu {
 namespace {
 
-void LoadRows(const Wave& wave, int64_t row, int64_t rows) {
-  const Product& product = wave.first;
+template <typename T>
+void LoadRows(const void* x, int64_t from, const LeftRows& left, int64_t row) {
+  const T* const data = static_cast<const T*>(x) + from * left.K;
+  for (int64_t k = 0; k < left.K; k += kLanes) left.Put(row, k, LoadFloats(data + k, left.K - k));
+  left.ZeroBeyondK(row);
+}
+
+void LoadRows(const Wave& wave, const Segment& segment, int64_t row, int64_t rows) {
+  const LeftRows left(wave.first, segment);
   const Assignment* const assignments = wave.problem->assignments;
+  const void* const x = wave.problem->x;
   for (int64_t r = row; r < row + rows; ++r) {
-    const int64_t from = assignments == nullptr ? wave.first_row + r : assignments[wave.first_row + r].token;
-    for (int64_t k = 0; k < product.K; k += kKBlock) {
-      const int64_t count = product.K - k < kKBlock ? product.K - k : kKBlock;
-      LoadRow(wave.problem->x_dtype, wave.problem->x, from * product.K + k, count,
-              product.a + (k / kKBlock * wave.rows + r) * kKBlock);
+    const int64_t in_call = wave.first_row + segment.row + r;
+    const int64_t from = assignments == nullptr ? in_call : assignments[in_call].token;
+    switch (wave.problem->x_dtype) {
+      case DType::kFloat32:
+        LoadRows<float>(x, from, left, r);
+        break;
+      case DType::kFloat16:
+        LoadRows<Half>(x, from, left, r);
+        break;
+      case DType::kBFloat16:
+        LoadRows<BFloat>(x, from, left, r);
+        break;
+      default:
+        LoadRows<int8_t>(x, from, left, r);
     }
   }
 }
@@ -55,6 +76,20 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
   if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns.columns, deq_scale);
 }
 
+#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+constexpr auto LeftOf = AmxLeftOf;
+#else
+Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
+#endif
+
+inline void MultiplySegment(const Wave& wave, const Product& product, const Segment& segment,
+                            const Columns& columns, float* tile, TaskScratch* scratch) {
+#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+  if (segment.left != Left::kFloat) return AmxMultiply(wave, product, segment, columns, tile, scratch);
+#endif
+  Multiply(wave, product, segment, columns, tile, scratch);
+}
+
 // kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.
 inline F32 Result(bool quant, const float* sums, const float* bias, const float* deq_scale) {
   if (!quant) return LoadFloats(sums) + LoadFloats(bias);
@@ -83,7 +118,7 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
     // The right half of a GLU may begin inside a panel; then the panel is computed from its first column.
     const int64_t first = half * hidden + column, skipped = first % kPackedColumns;
     const Columns all = {first - skipped, columns + skipped};
-    Multiply(wave, wave.first, segment, all, scratch->tile[half], scratch);
+    MultiplySegment(wave, wave.first, segment, all, scratch->tile[half], scratch);
     LoadChannels(wave, wave.first, segment.expert, {first, columns}, scratch->bias[half],
                  scratch->deq_scale[half]);
     stride = TileStride(all.columns);
@@ -101,6 +136,7 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
       Store(scratch->scale + n, Round(Rounding::kFp16, scale));
     }
   }
+  const LeftRows left(wave.second, segment);
   for (int64_t r = 0; r < segment.rows; ++r) {
     for (int64_t n = 0; n < columns; n += kLanes) {
       const auto sums = [&](int half) {
@@ -116,9 +152,9 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
       }
       value = Round(steps.hidden, value);
       if (steps.quant) value = Quantize(value, LoadFloats(scratch->scale + n), offset);
-      const int64_t k = column + n;
-      Store(wave.second.a + (k / kKBlock * wave.rows + segment.row + r) * kKBlock + k % kKBlock, value);
+      left.Put(r, column + n, value);
     }
+    if (column + columns == hidden) left.ZeroBeyondK(r);
   }
 }
 
@@ -152,7 +188,7 @@ void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int
   const Steps& steps = wave.steps;
   const int64_t stride = TileStride(columns);
   LoadChannels(wave, wave.second, segment.expert, {column, columns}, scratch->bias[0], scratch->deq_scale[0]);
-  Multiply(wave, wave.second, segment, {column, columns}, scratch->tile[0], scratch);
+  MultiplySegment(wave, wave.second, segment, {column, columns}, scratch->tile[0], scratch);
   for (int64_t r = 0; r < segment.rows; ++r) {
     const int64_t row = wave.first_row + segment.row + r;
     for (int64_t n = 0; n < columns; n += kLanes) {

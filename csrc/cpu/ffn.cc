@@ -53,12 +53,12 @@ struct ScratchPlan {
 };
 
 ScratchPlan PlanScratch(const Problem& p, int64_t threads) {
-  const int64_t first = RoundUp(p.K1, kKBlock), second = RoundUp(p.K2, kKBlock);
+  const int64_t first = LeftStride(p.K1), second = LeftStride(p.K2);
   const int64_t rows = std::clamp<int64_t>(kWaveFloats / std::max<int64_t>(first + second, 1), 1, kMaxRows);
   ScratchPlan plan = {};
   plan.wave_rows = std::min(rows, p.M);
-  plan.first = plan.wave_rows * first;
-  plan.second = plan.wave_rows * second;
+  plan.first = plan.wave_rows * first + kMaxRows;
+  plan.second = plan.wave_rows * second + kMaxRows;
   plan.workers = std::max<int64_t>(threads, 1);
   return plan;
 }
@@ -93,6 +93,8 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   return width;
 }
 
+bool Begins(int64_t row, const Segment& segment) { return row < segment.row; }
+
 }  // namespace
 
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
@@ -122,7 +124,7 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
     for (int64_t row = wave.first_row; row < end;) {
       while (p.row_ends[expert] <= row) ++expert;
       const int64_t rows = std::min(p.row_ends[expert], end) - row;
-      segments.push_back({expert, row - wave.first_row, rows});
+      segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, rows)});
       row += rows;
     }
 
@@ -132,8 +134,11 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
     constexpr int64_t kRowsPerTask = 16;
     ForEach(parallel, wave.rows * p.K1 < kWorkPerWorker ? 1 : workers,
             RoundUp(wave.rows, kRowsPerTask) / kRowsPerTask, [&](int64_t i, int64_t) {
-              const int64_t row = i * kRowsPerTask;
-              kernels.load_rows(wave, row, std::min(kRowsPerTask, wave.rows - row));
+              const int64_t first = i * kRowsPerTask, last = std::min(first + kRowsPerTask, wave.rows);
+              auto segment = std::upper_bound(segments.begin(), segments.end(), first, Begins) - 1;
+              for (int64_t row = first; row < last; row = segment++->End()) {
+                kernels.load_rows(wave, *segment, row - segment->row, std::min(last, segment->End()) - row);
+              }
             });
 
     const auto run_product = [&](const Product& product, int64_t columns, auto task) {

@@ -95,7 +95,7 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 270 KiB a thread, whatever M is.
+// where that is more) and 336 KiB a thread, whatever M is.
 size_t ScratchBytes(const Problem& problem, int64_t threads);
 
 // Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.
@@ -105,7 +105,7 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
             const char* isa = nullptr);
 size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads);
 
-// Names of the instruction sets compiled in, best first, ending with "generic".
+// Names of the instruction sets compiled in, best first, then "amx_model", which is chosen only by name.
 const char* const* CompiledIsas(size_t* count);
 bool IsaSupported(const char* name);  // by this machine and its operating system
 // The one in use: the best supported, or what the environment variable FFN_OPS_ISA names. Throws

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
 #include "cpu/vec-inl.h"
 
@@ -178,6 +179,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
                   const Columns& columns, float* tile, TaskScratch* scratch) {
   constexpr bool kExpands = !std::is_same_v<T, float>;
   const Weight& weight = *product.weight;
+  const LeftRows left(product, segment);
   const int64_t stride = TileStride(columns.columns);
   const bool expanded = kExpands && rows > kFewRows;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
@@ -192,7 +194,12 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   int64_t group_end = 0;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
-    range.a = product.a + (block / kKBlock * wave.rows + segment.row + row) * kKBlock + block % kKBlock;
+    if (left.left == Left::kFloat) {
+      range.a = reinterpret_cast<const float*>(left.At(row, block));
+    } else {  // a single row that tiles could not multiply
+      for (int64_t k = 0; k < block_rows; k += kLanes) Store(scratch->row + k, left.Get(row, block + k));
+      range.a = scratch->row;
+    }
     if (weight.packed) {
       const char* const expert =
           static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
@@ -240,14 +247,30 @@ inline bool Overflowed(const float* sums, int64_t columns) {
   return found != 0;
 }
 
+// A tile to add to. -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it
+// must be 0.
+inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float* tile) {
+  const F32 zero = wave.steps.quant ? F32{} : Set(-0.0f);
+  for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes) Store(tile + i, zero);
+}
+
+// Multiplies those rows again, one by one, whose sums have an infinity or a NaN.
+template <typename T, Sums kSums>
+void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns, float* tile,
+            TaskScratch* scratch) {
+  for (int64_t r = 0; r < segment.rows; ++r) {
+    float* const row = tile + r * TileStride(columns.columns);
+    if (!Overflowed(row, columns.columns)) continue;
+    Clear(wave, columns, 1, row);
+    MultiplyRows<T, kSums>(wave, product, segment, r, 1, columns, row, scratch);
+  }
+}
+
 // tile[segment.rows][TileStride(columns)] = the segment's rows of product.a times the columns of W.
 inline void Multiply(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
                      float* tile, TaskScratch* scratch) {
-  const int64_t stride = TileStride(columns.columns);
-  const bool quant = wave.steps.quant, antiquant = product.channels->antiquant_scale != nullptr;
-  // -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it must be 0.
-  const F32 zero = quant ? F32{} : Set(-0.0f);
-  for (int64_t i = 0; i < segment.rows * stride; i += kLanes) Store(tile + i, zero);
+  const bool antiquant = product.channels->antiquant_scale != nullptr;
+  Clear(wave, columns, segment.rows, tile);
   WithWeightType(wave.problem->weight_dtype, [&](auto t) {
     using T = decltype(t);
     constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
@@ -258,12 +281,7 @@ inline void Multiply(const Wave& wave, const Product& product, const Segment& se
     } else {
       MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
       // Scaling after the sum overflows where a single product need not, and makes NaN of an infinite x.
-      for (int64_t r = 0; r < segment.rows; ++r) {
-        float* const row = tile + r * stride;
-        if (!Overflowed(row, columns.columns)) continue;
-        for (int64_t n = 0; n < columns.columns; n += kLanes) Store(row + n, zero);
-        MultiplyRows<T, Sums::kExact>(wave, product, segment, r, 1, columns, row, scratch);
-      }
+      Repeat<T, Sums::kExact>(wave, product, segment, columns, tile, scratch);
     }
   });
 }

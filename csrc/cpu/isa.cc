@@ -10,6 +10,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace ffn::cpu {
@@ -17,11 +21,25 @@ namespace {
 
 constexpr const Kernels* kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512Kernels,
-    &kAvx2Kernels,
+    &kAmxKernels,     &kAvx512Kernels, &kAvx2Kernels,
 #endif
-    &kGenericKernels,
+    &kGenericKernels, &kAmxModelKernels,
 };
+
+#if defined(__x86_64__)
+// CPUID leaf 7: AMX-BF16, AMX-TILE and AMX-INT8. Linux gives a process the registers when it asks.
+bool MayUseTiles() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTileBits) != kTileBits) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool Supported(const Kernels& kernels) {
 #if defined(__x86_64__)
@@ -31,12 +49,12 @@ bool Supported(const Kernels& kernels) {
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (&kernels == &kAvx2Kernels) return avx2;
-  if (&kernels == &kAvx512Kernels) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&kernels == &kAvx512Kernels) return avx512;
+  if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
 #endif
-  return &kernels == &kGenericKernels;
+  return &kernels == &kGenericKernels || &kernels == &kAmxModelKernels;
 }
 
 const Kernels* Named(const char* name) {

@@ -12,11 +12,11 @@
 
 namespace ffn::cpu {
 
-// Rows of the left operands are stored in blocks of kKBlock columns: element (row, k) of a wave is at
-// ((k / kKBlock) * rows + row) * kKBlock + k % kKBlock. A tile of rows then reads neighbouring memory,
-// whatever K is (with a row stride of K floats, the rows of a tile fall into the same few cache sets when K
-// is a power of two). 256 int8 products also fit a float32 exactly: |a * b| <= 2^14, so every partial sum is
-// an integer <= 2^22.
+// Rows of a segment's left operands are stored in blocks of columns, kKBlock of them as float32: element
+// (row, k) is at ((k / kKBlock) * rows + row) * kKBlock + k % kKBlock. A tile of rows then reads neighbouring
+// memory, whatever K is (with a row stride of K floats, the rows of a tile fall into the same few cache sets
+// when K is a power of two). 256 int8 products also fit a float32 exactly: |a * b| <= 2^14, so every partial
+// sum is an integer <= 2^22.
 constexpr int64_t kKBlock = 256;
 // Rows of a wave. More amortise the unpacking of W better, fewer need less scratch; at 256 it is 2 % of the
 // time.
@@ -46,11 +46,18 @@ struct Steps {
   uint32_t deq_scale_mask;  // bits of a 32-bit deq_scale that count
 };
 
+// How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64 bytes,
+// bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8.
+enum class Left : uint8_t { kFloat, kBf16, kSplit, kInt8 };
+
+// Floats between the rows of a left operand's segments, enough for each way of storing them.
+constexpr int64_t LeftStride(int64_t K) { return (K + kKBlock - 1) / kKBlock * kKBlock; }
+
 // One of the two products: a [rows, K] times the weight of an expert [K, N].
 struct Product {
   int64_t K, N;
-  float* a;  // in blocks of kKBlock columns, ceil(K / kKBlock) of them; the second product's is the first
-             // one's result
+  float* a;  // LeftStride(K) floats for each row, and kMaxRows more, which tiles may read beyond the last one;
+             // the second product's is the first one's result
   const Weight* weight;
   const Channels* channels;
 };
@@ -66,6 +73,9 @@ struct Wave {
 // The rows of one expert in a wave; `row` counts from the wave's first.
 struct Segment {
   int64_t expert, row, rows;
+  Left left;
+
+  int64_t End() const { return row + rows; }
 };
 
 // Part of a weight.
@@ -77,6 +87,7 @@ struct Block {
 struct alignas(64) TaskScratch {
   float tile[2]
             [kTileSize];  // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
+  float group[kTileSize];      // sums of one antiquant group, on tiles
   float packed[kPanelSize];    // panels of a plain weight, packed for this task
   float panel[kPanelSize];     // panels as float32
   float bias[2][kMaxColumns];  // float32 or int32
@@ -85,6 +96,7 @@ struct alignas(64) TaskScratch {
   float antiquant_offset[kMaxColumns];
   float antiquant_scale[kMaxColumns];
   float sums[kMaxRows];  // of the left operand, by row
+  float row[kKBlock];    // of the left operand as float32
 };
 
 // Tokens whose experts' results are summed: slot s of token t is row t * top_k + s of `results`, and counts
@@ -100,7 +112,10 @@ struct Combination {
 // The entry points of one instruction set. A task covers columns [column, column + columns) of one segment.
 struct Kernels {
   const char* name;
-  void (*load_rows)(const Wave& wave, int64_t row, int64_t rows);
+  // How a segment of `rows` rows stores its left operands.
+  Left (*left_of)(const Problem& problem, int64_t rows);
+  // Rows [row, row + rows) of a segment, from x into the first product's left operand.
+  void (*load_rows)(const Wave& wave, const Segment& segment, int64_t row, int64_t rows);
   void (*first_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
                         TaskScratch* scratch);
   void (*second_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
@@ -113,6 +128,8 @@ struct Kernels {
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+extern const Kernels kAmxModelKernels;  // everywhere: the algorithms of kAmxKernels on tiles in plain C++, for tests
 
 // Those named `isa`, or the selected ones for null. Throws std::runtime_error for what cannot run here
 // (isa.cc).

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The left operands of both products as a segment stores them (Left in kernels.h): written by whoever makes
+// them (ffn-inl.h), read as float32 or as tiles by the multiplications. Built on vec-inl.h.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec-inl.h"
+
+namespace ffn::cpu {
+namespace {
+
+// Columns of a block, which is one tile's 64 bytes or kKBlock floats.
+inline int64_t BlockColumns(Left left) {
+  return left == Left::kFloat ? kKBlock : left == Left::kInt8 ? 64 : 32;
+}
+
+// A segment's part of a product's left operand.
+struct LeftRows {
+  Left left;
+  int64_t K, rows;
+  char* data;
+
+  LeftRows(const Product& product, const Segment& segment)
+      : left(segment.left),
+        K(product.K),
+        rows(segment.rows),
+        data(reinterpret_cast<char*>(product.a + segment.row * LeftStride(product.K))) {}
+
+  int64_t Blocks() const { return (K + BlockColumns(left) - 1) / BlockColumns(left); }
+  // Of a plane: kSplit has two.
+  int64_t PlaneBytes() const { return Blocks() * rows * BlockColumns(left) * ItemBytes(); }
+  int64_t ItemBytes() const { return left == Left::kFloat ? 4 : left == Left::kInt8 ? 1 : 2; }
+
+  char* At(int64_t row, int64_t k) const {
+    const int64_t columns = BlockColumns(left);
+    return data + ((k / columns * rows + row) * columns + k % columns) * ItemBytes();
+  }
+
+  // kLanes columns from k, a multiple of kLanes. What they are rounded to, `left` holds exactly.
+  void Put(int64_t row, int64_t k, F32 value) const {
+    char* const at = At(row, k);
+    if (left == Left::kFloat) return Store(at, value);
+    if (left == Left::kBf16) return StoreAs(reinterpret_cast<BFloat*>(at), value);
+    if (left == Left::kInt8) {
+      return Store(at, __builtin_convertvector(__builtin_convertvector(value, I32), I8));
+    }
+    const F32 high = Round(Rounding::kBf16, value);
+    const F32 rest = value - high;
+    StoreAs(reinterpret_cast<BFloat*>(at), high);
+    // Of an infinity or a NaN nothing is left.
+    StoreAs(reinterpret_cast<BFloat*>(at + PlaneBytes()), rest == rest ? rest : F32{});
+  }
+
+  F32 Get(int64_t row, int64_t k) const {
+    const char* const at = At(row, k);
+    switch (left) {
+      case Left::kFloat:
+        return Load<F32>(at);
+      case Left::kBf16:
+        return LoadFloats(reinterpret_cast<const BFloat*>(at));
+      case Left::kInt8:
+        return LoadFloats(reinterpret_cast<const int8_t*>(at));
+      case Left::kSplit:
+        return LoadFloats(reinterpret_cast<const BFloat*>(at)) +
+               LoadFloats(reinterpret_cast<const BFloat*>(at + PlaneBytes()));
+    }
+    __builtin_unreachable();
+  }
+
+  // Tiles multiply whole blocks, where 0 times a NaN that lay there before would not be 0.
+  void ZeroBeyondK(int64_t row) const {
+    const int64_t beyond = Blocks() * BlockColumns(left) - K;
+    if (left == Left::kFloat || beyond == 0) return;
+    const auto bytes = static_cast<size_t>(beyond * ItemBytes());
+    __builtin_memset(At(row, K), 0, bytes);
+    if (left == Left::kSplit) __builtin_memset(At(row, K) + PlaneBytes(), 0, bytes);
+  }
+};
+
+}  // namespace
+}  // namespace ffn::cpu
