@@ -232,6 +232,20 @@ def test_without_a_compiler_the_ffn_operators_work(tmp_path: Path):
     )
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path):
+    done = run(
+        "emulator.enable(operators=True)\nprint(torch.ones(2).npu().cpu())",  # the second time: nothing more
+        operators=True, HOME="/proc/x", XDG_CACHE_HOME="/proc",
+    )  # fmt: skip
+    assert done.stdout.endswith("tensor([1., 1.])\n"), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("ffn_ops.emulator: ")]
+    assert len(said) == 1
+    assert said[0].startswith("ffn_ops.emulator: the other operators could not be kept in /proc/ffn_ops: ")
+    assert said[0].endswith(
+        "(set XDG_CACHE_HOME to a folder that can be written); only the FFN operators work"
+    )
+
+
 def test_the_library_is_built_once_and_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     built = operators.build()  # by --device npu, which this test runs under
     assert built.exists() and torch.__version__ in built.name
@@ -248,15 +262,28 @@ def test_the_library_is_built_once_and_by_one_process(tmp_path: Path, monkeypatc
     )
     fake.chmod(0o755)
     calls = tmp_path / "calls"
+    cache = tmp_path / "ffn_ops"
+    (cache / "tmpkilled").mkdir(parents=True)
+    for age in range(1, 6):
+        older = cache / f"operators-{age}.so"
+        older.touch()
+        os.utime(older, (0, 10 - age))
     code = "from ffn_ops.emulator.operators import build\nprint(build().read_text())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(fake), "CALLS": str(calls)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        subprocess.Popen([sys.executable, "-c", code], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          env=os.environ | {"PYTHONPATH": str(PACKAGE)} | environment)
         for _ in range(2)
     ]  # fmt: skip
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["built\n\n"] * 2
+    said = [process.communicate(timeout=100) for process in processes]
+    assert [out for out, _ in said] == ["built\n\n"] * 2
+    compiling = f"ffn_ops.emulator: compiling the operators for torch {torch.__version__}, once: "
+    assert sum(compiling in error for _, error in said) == 1
     assert len(calls.read_text().split()) == operators.GENERATED + 3  # two sources more, and the linking
+    assert {path.name for path in cache.iterdir()} == (
+        {"lock", built.name} | {f"operators-{age}.so" for age in range(1, operators.KEPT)}
+    )
 
 
 def test_a_failing_compiler_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
