@@ -138,7 +138,11 @@ class Checks {
       total = call_.tokens_index_flag ? value : value > INT64_MAX - total ? INT64_MAX : total + value;
       before = value;
     }
-    return total == Rows(t(kX).shape) ? 0 : Fail(kInvalid, "expertTokens does not add up to the rows of x");
+    const int64_t rows = Rows(t(kX).shape);
+    if (total == rows) return 0;
+    return emulator_error(kInvalid, "%s: expertTokens %s %lld, but x has %lld rows (they must be equal)",
+                          call_.function, call_.tokens_index_flag ? "ends at" : "adds up to",
+                          static_cast<long long>(total), static_cast<long long>(rows));
   }
 
   // Steps 8 to 16
