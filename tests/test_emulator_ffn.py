@@ -17,7 +17,7 @@ from strategies import Call, any_calls, calls, numpy_dtype
 import reference
 from ffn_ops.contract import DTYPES, Spec
 
-TILING_RULES = {"inner_precise", "E-limit"}
+TILING_RULES = {"inner_precise", "E-limit", "expert_tokens-dtype", "output_dtype-dtype"}
 SEEDS = st.integers(0, 2**32 - 1)
 
 
