@@ -232,6 +232,70 @@ def test_without_a_compiler_the_ffn_operators_work(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        ("phase1('aclnnAdd', x, x, dead(scalar), y)", 161002, "alpha was destroyed"),
+        ("phase1('aclnnAdd', x, x, POINTER(16), y)", 161002, "alpha was destroyed"),
+        ("phase1('aclnnAdd', dead(other), x, scalar, y)", 161002, "self was destroyed"),
+        ("phase1('aclnnAdd', x, POINTER(16), scalar, y)", 161002, "other was destroyed"),
+        ("phase1('aclnnAmax', x, dead(ints), False, y)", 161002, "dim was destroyed"),
+        ("phase1('aclnnCat', dead(tensors), I64(0), y)", 161002, "tensors was destroyed"),
+        ("phase1('aclnnCat', (dead(other), tensors)[1], I64(0), y)", 161002, "tensors was destroyed"),
+        ("phase1('aclnnCat', POINTER(16), I64(0), y)", 161002, "tensors was destroyed"),
+        (
+            "phase2('aclnnAdd', 'aclnnSub', x, x, scalar, y)",
+            161002,
+            "aclnnSub: the executor is one of aclnnAdd",
+        ),
+        ("failing(lambda: phase2('aclnnAdd', 'aclnnAdd', x, x, scalar, y))", 561000, "injected failure"),
+    ],
+)
+def test_what_callers_pass_is_alive(call: str, status: int, said: str):
+    """Through the C ABI, in a process that such a call may end. No executor is left."""
+    done = run(
+        """
+import ctypes
+from ctypes import byref, c_float, c_int, c_uint64, c_void_p as POINTER, c_int64 as I64
+from ffn_ops.emulator import CANN, counters, fail_at, library
+from ffn_ops.emulator.operators import build
+acl, aclnn, operators = library(), ctypes.CDLL(CANN / "libnnopbase.so"), ctypes.CDLL(build())
+acl.aclGetRecentErrMsg.restype = ctypes.c_char_p
+assert acl.aclrtSetDevice(0) == 0
+kinds = {}
+def made(kind, *arguments):
+    create = getattr(aclnn, "aclCreate" + kind)
+    create.restype = POINTER
+    pointer = POINTER(create(*arguments))
+    kinds[pointer.value] = kind
+    return pointer
+def dead(pointer):
+    assert getattr(aclnn, "aclDestroy" + kinds[pointer.value])(pointer) == 0
+    return pointer
+def tensor():
+    memory, dims, two = POINTER(), (I64 * 2)(2, 2), c_uint64(2)
+    assert acl.aclrtMalloc(byref(memory), c_uint64(16), 0) == 0
+    return made("Tensor", dims, two, 0, None, I64(0), 2, dims, two, memory)
+x, y, other = tensor(), tensor(), tensor()
+scalar, ints = made("Scalar", byref(c_float(1)), 0), made("IntArray", (I64 * 1)(0), c_uint64(1))
+tensors = made("TensorList", (POINTER * 2)(tensor(), other), c_uint64(2))
+size, executor = c_uint64(), POINTER()
+def phase1(name, *arguments):
+    return getattr(operators, name + "GetWorkspaceSize")(*arguments, byref(size), byref(executor))
+def phase2(name, run, *arguments):
+    assert phase1(name, *arguments) == 0
+    return getattr(operators, run)(None, size, executor, None)
+def failing(call):
+    with fail_at(1, "aclnnAdd"):
+        return call()
+"""
+        f"print({call}, acl.aclGetRecentErrMsg().decode(), counters()['live_aclOpExecutor'], sep=' | ')",
+        operators=True,
+    )
+    code, message, left = done.stdout.splitlines()[-1].split(" | ")
+    assert (int(code), left) == (status, "0") and said in message, done.stdout + done.stderr[-1000:]
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path):
     done = run(
         "emulator.enable(operators=True)\nprint(torch.ones(2).npu().cpu())",  # the second time: nothing more
@@ -264,11 +328,12 @@ def test_the_library_is_built_once_and_by_one_process(tmp_path: Path, monkeypatc
     calls = tmp_path / "calls"
     cache = tmp_path / "ffn_ops"
     (cache / "tmpkilled").mkdir(parents=True)
+    (cache / built.name).write_bytes(built.read_bytes()[:100000])  # cut short: it must be built again
     for age in range(1, 6):
         older = cache / f"operators-{age}.so"
         older.touch()
         os.utime(older, (0, 10 - age))
-    code = "from ffn_ops.emulator.operators import build\nprint(build().read_text())"
+    code = "from ffn_ops.emulator.operators import build\nprint(build().read_bytes()[:-32].decode())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(fake), "CALLS": str(calls)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], text=True,
