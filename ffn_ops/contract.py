@@ -43,6 +43,8 @@ class Mode(NamedTuple):
     deq_scale: str = ""
     antiquant: str = ""
     tokens: str = "int64"
+    ids: str = "int64 int32"
+    routing: str = "float32 float16 bfloat16"
 
 
 # The dtypes of x, weight1 and (for int8 x) output_dtype choose the mode; the first row is output_dtype's
@@ -88,7 +90,7 @@ OPERANDS = {
     "expert_tokens": Operand("tokens", ("E",), "cast it with .long(); biases are passed by name, as bias1=", "one entry for each expert"),
     "bias1": Operand("bias", ("E? N1",), _BIAS_FIX, "N1 is weight1's columns"),
     "bias2": Operand("bias", ("E? N2",), _BIAS_FIX, "N2 is weight2's columns"),
-    "scale": Operand("scale", ("E|1", "E? N1"), "cast it with .float()", "one value for each expert, or each column"),
+    "scale": Operand("scale", ("E|1", "E? K2"), "cast it with .float()", "one value for each expert, or each column"),
     "offset": Operand("scale", ("E|1",), "cast it with .float()", "one value for each expert, never per column"),
     "deq_scale1": Operand(
         "deq_scale", ("E? N1", "cpu dense: 1 N1"),
@@ -102,18 +104,20 @@ OPERANDS = {
     "antiquant_scale2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
     "antiquant_offset1": Operand("antiquant", ("E? G1? N1",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
     "antiquant_offset2": Operand("antiquant", ("E? G2? N2",), _ANTIQUANT_FIX, _ANTIQUANT_SHAPE),
+    "topk_ids": Operand("ids", ("* top_k",), "cast it with .long()", "top_k expert numbers for each row of x"),
+    "topk_weights": Operand("routing", ("* top_k",), "cast it with .float()", "one weight for each of topk_ids"),
     "out": Operand("y", ("* N2",), "allocate it with this dtype", "allocate it with x's leading sizes"),
     "output_dtype": Operand("y", (), "leave it out, or name this dtype"),  # an argument, checked like a dtype
 }  # fmt: skip
-OPTIONAL = ("expert_tokens", "bias1", "bias2", "out", "output_dtype")
+OPTIONAL = ("expert_tokens", "bias1", "bias2", "topk_ids", "topk_weights", "out", "output_dtype")
 
 # What a rule looks at. Sizes first; then codes and flags: activation, mode and target are positions in their
-# tables, experts, per_group and per_channel are 0 or 1, `name.dtype` is a position in DTYPES. A fact that the
+# tables, experts, moe, per_group and per_channel are 0 or 1, `name.dtype` is a position in DTYPES. A fact that the
 # call does not determine (a size behind a missing operand, a symbolic M) is unknown, and rules that need it
 # are passed over.
 FACTS = (
-    "M", "K1", "N1", "K2", "N2", "E", "G1", "G2", "rank", "inner_precise",
-    "activation", "mode", "target", "experts", "per_group", "per_channel",
+    "M", "K1", "N1", "K2", "N2", "E", "G1", "G2", "top_k", "rank", "inner_precise",
+    "activation", "mode", "target", "experts", "moe", "per_group", "per_channel",
     *(f"{name}.dtype" for name in OPERANDS),
 )  # fmt: skip
 _VALUES: dict[str, Sequence[str]] = {"activation": ACTIVATIONS, "target": tuple(TARGETS)}
@@ -124,6 +128,7 @@ CONDITIONS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "glu": ("activation", GLU),
     "not glu": ("activation", ACTIVATIONS[:4]),
     "experts": ("experts", (1,)),
+    "moe": ("moe", (1,)),
     "per group": ("per_group", (1,)),
     "per channel": ("per_channel", (1,)),
     "int4": ("weight1.dtype", ("int4",)),
@@ -192,6 +197,8 @@ RULES = (
          f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (gelu is the tanh form, fastgelu x * sigmoid(1.702 x))"),
     Rule("mode", BOTH, (), "known_mode", (),
          f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast x and the weights to one of them)"),
+    Rule("moe-on-npu", "fused", (), "one_of", ("moe", 0),
+         "topk_ids is given, but torch.ops.ffn.moe runs on the cpu target only (sort the rows by expert and pass expert_tokens)"),
     Rule("mode-on-npu", "fused", (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
@@ -199,6 +206,12 @@ RULES = (
     Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
          "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use one of these, or a 910B or the CPU for a GLU)"),
     *_operand_rules(),
+    Rule("topk_ids-needed", BOTH, ("moe",), "given", ("topk_ids",),
+         "topk_ids is missing, but topk_weights is given and they go together (pass both)"),
+    Rule("topk_weights-needed", BOTH, ("moe",), "given", ("topk_weights",),
+         "topk_weights is missing, but topk_ids is given and they go together (pass both)"),
+    Rule("tokens-or-ids", BOTH, ("moe",), "one_of", ("expert_tokens.dtype",),
+         "expert_tokens is {expert_tokens.dtype} and topk_ids is given too, but rows go to experts by one of them (leave one out)"),
     Rule("deq_scale-same-dtype", BOTH, (), "equal", ("deq_scale1.dtype", 1, "deq_scale2.dtype"),
          "deq_scale2 is {deq_scale2.dtype}, but deq_scale1 is {deq_scale1.dtype} and both must have one dtype (convert one of them)"),
     Rule("per-channel-scale-needs-packed-deq_scale", "fused", ("per channel",), "one_of",
@@ -245,8 +258,6 @@ RULES = (
          "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
     Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
          "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights)"),
-    Rule("glu-mode-cpu", "cpu", ("glu",), "one_of", ("mode", *FLOAT_MODES),
-         "activation is {activation} in mode {mode}, but GLU runs in float32, fp16 and bf16 only (dequantize the weights)"),
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
          "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
@@ -333,7 +344,7 @@ class Plan(NamedTuple):
     mode: Mode
     route: str
     activation: str
-    dims: dict[str, int | None]  # M K1 N1 K2 N2 E G1 G2; E is 0 without experts
+    dims: dict[str, int | None]  # M K1 N1 K2 N2 E G1 G2 top_k; E is 0 without experts
     inner_precise: int
     per_channel: bool  # scale has one value for each column
     per_group: bool
@@ -423,11 +434,15 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
 
     facts: dict[str, int | None] = dict.fromkeys(FACTS)
     tokens = specs["expert_tokens"].shape if "expert_tokens" in specs else (0,)
-    facts["experts"] = int(len(tokens) == 0 or tokens[0] != 0)
-    if not facts["experts"]:
+    facts["moe"] = int("topk_ids" in specs or "topk_weights" in specs)
+    facts["experts"] = int(facts["moe"] or len(tokens) == 0 or tokens[0] != 0)
+    if facts["moe"]:
+        facts["E"] = axis("weight1", 0, 3)
+    elif not facts["experts"]:
         facts["E"] = 0
     elif len(tokens) == 1:
         facts["E"] = tokens[0]
+    facts["top_k"] = axis("topk_ids", -1, 1)
     facts["K1"], facts["N1"] = axis("weight1", -2, 2), axis("weight1", -1, 2)
     facts["K2"], facts["N2"] = axis("weight2", -2, 2), axis("weight2", -1, 2)
     facts["rank"] = len(specs["x"].shape)
@@ -637,7 +652,7 @@ def _product(sizes: Sequence[int | None]) -> int | None:
 def _plan(call: _Call, route: str) -> Plan:
     facts, mode = call.facts, call.mode
     assert mode is not None and facts["inner_precise"] is not None
-    dims = {name: facts[name] for name in FACTS[:8]}
+    dims = {name: facts[name] for name in FACTS[:9]}
     return Plan(
         mode=mode,
         route=route,

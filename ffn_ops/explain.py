@@ -13,6 +13,7 @@ import torch
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Plan, Spec, Violation, spec_of
 from ffn_ops.op import current_target, npu_target
+from ffn_ops.packing import is_packed, packed_spec
 
 _ACLNN_SYSTEM = 16 * 1024 * 1024  # bytes that CANN reserves in every workspace
 _CUBE_CORES, _VECTOR_CORES = 20, 40  # Atlas 910B3
@@ -85,6 +86,8 @@ def explain(
     antiquant_offset1: Any = None,
     antiquant_offset2: Any = None,
     *,
+    topk_ids: Any = None,
+    topk_weights: Any = None,
     tokens_index_flag: bool = False,
     inner_precise: int | None = None,
     output_dtype: Any = None,
@@ -92,14 +95,14 @@ def explain(
     target: str | None = None,
 ) -> Explanation:
     """What `target` (by default x's NPU, else the current one) would do with the call that ffn() takes with
-    these arguments.
+    these arguments, or torch.ops.ffn.moe with topk_ids and topk_weights.
 
     Each tensor may be a tensor of any device, meta included, a NumPy array, or a (dtype, shape) pair such as
     ("float16", (4, 1024)); a dtype is a torch dtype or its name. Weights given as "int4" have their shape in
-    int4 elements, packed int32 and uint8 ones in stored elements. Values of expert_tokens are checked where
-    they can be read (a list, an array or a tensor on the CPU), for every target, as the vendor documents
-    them: a device cannot enforce that. Raises ContractError only for an unknown target and for arguments that
-    are none of the above.
+    int4 elements, packed int32 and uint8 ones in stored elements; what `prepack` made counts as what it was
+    made from. Values of expert_tokens are checked where they can be read (a list, an array or a tensor on the
+    CPU), for every target, as the vendor documents them: a device cannot enforce that. Raises ContractError
+    only for an unknown target and for arguments that are none of the above.
     """
     given = {
         "x": x, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens,
@@ -107,7 +110,7 @@ def explain(
         "deq_scale1": deq_scale1, "deq_scale2": deq_scale2,
         "antiquant_scale1": antiquant_scale1, "antiquant_scale2": antiquant_scale2,
         "antiquant_offset1": antiquant_offset1, "antiquant_offset2": antiquant_offset2,
-        "out": out, "output_dtype": output_dtype,
+        "topk_ids": topk_ids, "topk_weights": topk_weights, "out": out, "output_dtype": output_dtype,
     }  # fmt: skip
     if target is None:
         on_npu = isinstance(x, torch.Tensor) and x.device.type == "npu"
@@ -118,7 +121,7 @@ def explain(
         )
     if not isinstance(activation, str):
         raise ContractError(f"activation is {activation!r}, but it must be a string (name one)")
-    specs = {name: spec_of(name, value) for name, value in given.items() if value is not None}
+    specs = {name: _spec(name, value) for name, value in given.items() if value is not None}
     tokens = _readable(expert_tokens)
     routes = {}
     for route in contract.TARGETS[target]:
@@ -131,11 +134,20 @@ def explain(
     return Explanation(target, routes, plan, workspace)
 
 
+def _spec(name: str, value: Any) -> Spec:
+    prepacked = name in ("weight1", "weight2") and isinstance(value, torch.Tensor) and is_packed(value)
+    return packed_spec(value) if prepacked and _holds_values(value) else spec_of(name, value)
+
+
+def _holds_values(tensor: torch.Tensor) -> bool:
+    """Neither on a device nor fake."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
 def _readable(expert_tokens: Any) -> list[int] | None:
     """The values of expert_tokens, or None when they are on a device, symbolic or only described."""
     if isinstance(expert_tokens, torch.Tensor):
-        fake = isinstance(expert_tokens, torch._subclasses.FakeTensor)
-        readable = expert_tokens.device.type == "cpu" and expert_tokens.dtype == torch.int64 and not fake
+        readable = expert_tokens.dtype == torch.int64 and _holds_values(expert_tokens)
         return expert_tokens.tolist() if readable else None
     if hasattr(expert_tokens, "tolist"):
         return expert_tokens.tolist()

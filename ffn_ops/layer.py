@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ffn_ops import contract, quantize
 from ffn_ops.contract import ContractError, Mode, Spec
 from ffn_ops.op import NO_GRADIENT, ffn
-from ffn_ops.packing import pack_int4
+from ffn_ops.packing import is_packed, pack_int4, packed_spec, prepack, unpack
 
 
 class FFN(nn.Module):
@@ -51,7 +51,7 @@ class FFN(nn.Module):
         contract.resolve(call, activation)
         self._x_dtype, self._y_dtype = getattr(torch, row.x), getattr(torch, row.y)
         for name, operand in contract.OPERANDS.items():
-            if operand.column not in ("x", "tokens", "y"):
+            if operand.column not in ("x", "tokens", "ids", "routing", "y"):
                 self._own(name, _zeros(specs[name]) if name in specs else None)
         self._own("x_scale", torch.zeros(K1) if row.x == "int8" else None)
 
@@ -149,11 +149,24 @@ class FFN(nn.Module):
         y = y.masked_fill(~scaled.isfinite().all(-1, keepdim=True), torch.nan).reshape(x.shape)
         return _NoGradient.apply(y, x) if x.requires_grad and torch.is_grad_enabled() else y
 
+    @torch.no_grad()
+    def pack_(self) -> "FFN":
+        """Prepacks weight1 and weight2 for the CPU, in place and one after the other; returns the module.
+
+        state_dict then holds the packed weights. load_state_dict takes packed and plain ones, packed module
+        or not.
+        """
+        for name in ("weight1", "weight2"):
+            if not is_packed(self.get_buffer(name)):
+                setattr(self, name, prepack(self.get_buffer(name)))
+        return self
+
     def extra_repr(self) -> str:
         parts = [f"K1={self.K1}, K2={self.K2}, activation={self.activation}, mode={self.mode}"]
         if self.group_size is not None:
             parts.append(f"group_size={self.group_size}")
         parts += [f"{name}=False" for name in ("bias1", "bias2") if getattr(self, name) is None]
+        parts += ["packed"] if is_packed(self.get_buffer("weight1")) else []
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FFN":
@@ -173,6 +186,12 @@ class FFN(nn.Module):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, nn.Parameter):  # with assign=True it would become a parameter, not a buffer
                 state_dict[prefix + name] = loaded = loaded.detach()
+            if isinstance(loaded, Tensor) and is_packed(loaded) | is_packed(buffer):
+                try:
+                    state_dict[prefix + name] = loaded = _as_packed_as(buffer, loaded)
+                except ContractError as error:
+                    error_msgs.append(f"{prefix}{name}: {error}")
+                    continue
             if isinstance(loaded, Tensor) and loaded.dtype != buffer.dtype:
                 error_msgs.append(
                     f"{prefix}{name} is {loaded.dtype}, but mode {self.mode} takes {buffer.dtype} "
@@ -202,6 +221,21 @@ def _mode(name: str) -> Mode:
     raise ContractError(
         f"mode is {name!r}, but it must be one of {', '.join(row.name for row in contract.MODES)} (name one)"
     )
+
+
+def _as_packed_as(buffer: Tensor, loaded: Tensor) -> Tensor:
+    """The weight `loaded`, prepacked or not as the module's own is."""
+    if not is_packed(loaded):
+        loaded = prepack(loaded)
+    if not is_packed(buffer):
+        return unpack(loaded)
+    if packed_spec(loaded) != packed_spec(buffer):
+        dtype, shape = packed_spec(buffer)
+        raise ContractError(
+            f"it is no {dtype} weight of shape {list(shape)}, which this FFN has "
+            "(load it into an FFN of the mode and sizes that it was saved from)"
+        )
+    return loaded
 
 
 def _check_group_size(group_size: int, row: Mode, K1: int, K2: int) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def npu_target() -> str:
     return _TARGETS[index] if index >= 0 else "ascend910b"
 
 
-# The schema's optional tensors, in its order.
-_OPTIONAL = tuple(contract.OPERANDS)[3:-2]
+# The optional tensors of ffn.ffn's schema, in its order; ffn.moe's lacks the first.
+_OPTIONAL = tuple(contract.OPERANDS)[3:-4]
 
 
 def _check(
@@ -84,19 +84,15 @@ def _check(
     weight1: Tensor,
     weight2: Tensor,
     activation: str,
-    optional: Sequence[Tensor | None],
+    operands: Mapping[str, Tensor | None],
     inner_precise: int | None,
     output_dtype: torch.dtype | None,
-    out: Tensor | None = None,
-) -> contract.Plan:
-    """Checks a call while tracing. x's leading sizes may be symbolic, so nothing looks at them."""
-    given = {
-        "x": x,
-        "weight1": weight1,
-        "weight2": weight2,
-        **dict(zip(_OPTIONAL, optional, strict=False)),
-        "out": out,
-    }
+) -> torch.dtype:
+    """The dtype of y, after the contract's checks. x's leading sizes may be symbolic: nothing looks at them.
+
+    What a prepacked weight holds cannot be known from a fake one, so such a call is checked when it runs.
+    """
+    given = {"x": x, "weight1": weight1, "weight2": weight2, **operands}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {}
     for name, tensor in tensors.items():
@@ -106,17 +102,20 @@ def _check(
                 "device (move one of them there)"
             )
         specs[name] = spec_of(name, tensor)
-        if name in ("x", "out") and specs[name].shape:
+        if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
+    if any(weight.dim() == 1 and weight.dtype == torch.uint8 for weight in (weight1, weight2)):
+        return x.dtype if x.is_floating_point() else output_dtype or torch.float16
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)
     try:
         device = x.device.type  # "npu", where the device decides, also for fake tensors
         wanted = npu_target() if device == "npu" else current_target()
-        return contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
+        plan = contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
     except ContractError as error:
         raise RuntimeError(str(error)) from None
+    return getattr(torch, plan.out.dtype)
 
 
 @torch.library.register_fake("ffn::ffn")
@@ -130,8 +129,27 @@ def _fake(
     inner_precise: int | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    plan = _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype)
-    return x.new_empty(x.shape, dtype=getattr(torch, plan.out.dtype))
+    operands = dict(zip(_OPTIONAL, optional, strict=False))
+    dtype = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("ffn::moe")
+def _fake_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    *optional: Tensor | None,
+    inner_precise: int | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    operands = dict(zip(_OPTIONAL[1:], optional, strict=False))
+    operands |= {"topk_ids": topk_ids, "topk_weights": topk_weights}
+    dtype = _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("ffn::ffn.out")
@@ -146,7 +164,8 @@ def _fake_out(
     output_dtype: torch.dtype | None = None,
     out: Tensor,
 ) -> None:
-    _check(x, weight1, weight2, activation, optional, inner_precise, output_dtype, out)
+    operands = {**dict(zip(_OPTIONAL, optional, strict=False)), "out": out}
+    _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
 
 
 NO_GRADIENT = "ffn has no gradient yet (run it under torch.no_grad(), or detach its inputs)"
@@ -161,6 +180,7 @@ def _no_gradient(context: Any, *gradients: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("ffn::ffn", _no_gradient)
+torch.library.register_autograd("ffn::moe", lambda *arguments: (*_no_gradient(*arguments), None))
 
 # register_autograd refuses operators with an out argument. Like torch's own, this one has no gradient ever.
 _autograd = torch.library.Library("ffn", "IMPL", "Autograd")
@@ -211,12 +231,12 @@ def ffn(
 
     x: [..., K1], 2 to 8 dimensions, M rows in all. weight1: [K1, N1] and weight2: [K2, N2], with a leading E
     when expert_tokens is given; int4 weights are packed in int32 (8 values) or uint8 (2 values), low nibble
-    first. expert_tokens: E row counts, or inclusive end rows with tokens_index_flag; their total is M, and
-    expert e owns the rows after those of expert e - 1. GLU activations compute left * act(right) of the first
-    product's halves. scale, offset, deq_scale1, deq_scale2 belong to int8 x, the four antiquant tensors to
-    integer weights beside 16-bit x. inner_precise (fp16 only): 0 high precision, 1 high performance; by
-    default what the activation has. output_dtype: float16 (default) or bfloat16 for int8 x. Returns y, in x's
-    shape.
+    first; on the CPU, weights from `prepack` are fastest. expert_tokens: E row counts, or inclusive end rows
+    with tokens_index_flag; their total is M, and expert e owns the rows after those of expert e - 1. GLU
+    activations compute left * act(right) of the first product's halves. scale, offset, deq_scale1, deq_scale2
+    belong to int8 x, the four antiquant tensors to integer weights beside 16-bit x. inner_precise (fp16
+    only): 0 high precision, 1 high performance; by default what the activation has. output_dtype: float16
+    (default) or bfloat16 for int8 x. Returns y, in x's shape.
 
     Dtypes and shapes: README's table of modes, contract.OPERANDS. Source: contract sections a, b and d.
     """

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage forms of the operator's tensors: packed int4 weights, 64-bit deq_scale, the order of GLU halves.
+"""Storage forms of the operator's tensors: weights prepacked for the CPU, packed int4, 64-bit deq_scale, the
+order of GLU halves.
 
 quantize/ and layer.py build on it; users of torch.ops.ffn.ffn call it on their own weights. Torch only.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ffn_ops.contract import ContractError
+from ffn_ops import _native
+from ffn_ops.contract import ContractError, Spec
 
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
 _DEQ_BITS = 0xFFFFE000
@@ -81,3 +85,63 @@ def swap_glu_halves(tensor: Tensor, dim: int = -1) -> Tensor:
             "(choose the dimension that holds both halves)"
         )
     return tensor.roll(tensor.shape[dim] // 2, dim)
+
+
+def prepack(weight: Tensor | Sequence[Tensor]) -> Tensor:
+    """`weight` in the order in which the CPU's kernels read it: a row of uint8 that torch.ops.ffn.ffn and
+    ffn.moe take wherever they take `weight`.
+
+    weight: [K, N] or [E, K, N] on the CPU, in a dtype of the contract's weights (int4 as `pack_int4` stores
+    it); transposed views are read as they are. A sequence gives the [K, N] of each expert, which is asked for
+    when it is packed, so no two copies of all experts need exist. The tensor can be saved, loaded, cloned and
+    shared like any other; its memory lies on pages of 2 MB where Linux grants them.
+    """
+    experts: Sequence[Tensor] | Tensor = weight
+    E = len(weight)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        experts, E = [weight], 0
+    elif E == 0 or (isinstance(weight, Tensor) and weight.dim() != 3):
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
+        raise ContractError(
+            f"weight has shape {shape}, but it must be [K, N] or [E, K, N] with an expert or more "
+            "(pass the weight of one product)"
+        )
+    first = experts[0]
+    _check_cpu("weight", first)
+    try:
+        block = torch.ops.ffn.new_block(first, E)
+        for expert in range(max(E, 1)):
+            torch.ops.ffn.pack_expert(block, experts[expert], expert)
+    except RuntimeError as error:
+        raise ContractError(str(error)) from None
+    return block
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The contiguous weight that `prepack` was given, bit for bit; int4 comes in uint8."""
+    _check_cpu("packed", packed)
+    try:
+        return torch.ops.ffn.unpack(packed)
+    except RuntimeError as error:
+        raise ContractError(str(error)) from None
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether `weight` looks as `prepack` returns it."""
+    return weight.dtype == torch.uint8 and weight.dim() == 1
+
+
+def packed_spec(packed: Tensor) -> Spec:
+    """Dtype and shape of the weight that was packed. Raises ContractError when it is no packed weight."""
+    try:
+        return Spec(*_native.packed_spec(bytes(packed[:64].tolist()), packed.numel()))
+    except ValueError as error:
+        raise ContractError(str(error)) from None
+
+
+def _check_cpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ContractError(
+            f"{name} is on {tensor.device}, but only the CPU's kernels read packed weights "
+            "(move it with .cpu())"
+        )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operator's answer is, in NumPy: the contract's formulas, with their rounding steps or without any.
 
-Independent of ffn_ops and of every compiled line. `ffn.py` is the operator, `activation.py` the seven
-activations, `rounding.py` the conversions that are not NumPy's own. Assumes a legal call: refusing others is
-the contract's task.
+Independent of ffn_ops and of every compiled line. `ffn.py` is the operator, `moe.py` the expert computation
+of a MoE block, `activation.py` the seven activations, `rounding.py` the conversions that are not NumPy's own.
+Assumes a legal call: refusing others is the contract's task.
 """
 
 from reference.ffn import ffn
+from reference.moe import moe
 
-__all__ = ["ffn"]
+__all__ = ["ffn", "moe"]

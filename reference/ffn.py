@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = act(x W1 + b1) W2 + b2 in every mode. Start at `ffn`; `_ascend` rounds at every step, `_exact` never.
+"""y = act(x W1 + b1) W2 + b2 in every mode.
 
-tests/tolerance.py walks the same experts to bound how far a kernel may be from this; docs/numerics.md has the
-table of rounding steps.
+Start at `ffn`; `results` rounds at every step, `exact_results` never. tests/tolerance.py
+walks the same experts to bound how far a kernel may be from this; docs/numerics.md has the table of rounding
+steps.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class Expert(NamedTuple):
     rows: slice  # of x and y as matrices
     first: Product
     second: Product
-    scale: Array | None  # one value or [N1]
+    scale: Array | None  # one value or [K2]
     offset: Array | None  # one value
 
 
@@ -80,9 +81,11 @@ def ffn(
     ):  # fmt: skip
         rows = matrix[expert.rows]
         if rounding == "exact":
-            y[expert.rows] = _exact(rows, expert, activation)
+            y[expert.rows] = exact_results(rows, expert, activation)
         else:
-            y[expert.rows] = _ascend(rows, expert, activation, inner_precise, dtype)
+            y[expert.rows] = _round_y(
+                results(rows, expert, activation, inner_precise, dtype), expert.second, dtype
+            )
     return y.reshape(*x.shape[:-1], weight2.shape[-1])
 
 
@@ -111,19 +114,23 @@ def experts(
             yield Expert(slice(begin, end), one, two, of(e, scale), of(e, offset))
 
 
-def _ascend(x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike) -> Array:
+def results(x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike) -> Array:
+    """What y's rows are before they are rounded to its dtype: float32."""
     if len(expert.second.weight) == 0:
-        return bias_only(expert.second, dtype)
+        return np.broadcast_to(_bias_only(expert.second), (len(x), expert.second.weight.shape[1]))
     acc = accumulate(x, expert.first)
     if x.dtype == np.int8:
         value = dequantize(acc, expert.first)
         if dtype == np.float16:
-            h = activate(nearest_even(value, np.float16), activation)
+            value = nearest_even(value, np.float16)
+        if activation in GLU:
+            left, right = np.split(value.astype(np.float32), 2, axis=-1)
+            h = nearest_even(left * activate(right, activation), np.float16)
         else:
-            h = nearest_even(activate(value, activation), np.float16)
+            h = nearest_even(activate(value, activation), np.float16)  # float16 step by step where value is
         assert expert.scale is not None and expert.offset is not None
         q = quantize(h, expert.scale, expert.offset)
-        return nearest_even(dequantize(accumulate(q, expert.second), expert.second), dtype)
+        return dequantize(accumulate(q, expert.second), expert.second)
 
     if high_performance(x, expert.first, inner_precise):
         acc = nearest_even(acc, np.float16)
@@ -134,7 +141,13 @@ def _ascend(x: Array, expert: Expert, activation: str, inner_precise: int, dtype
         h = activate(acc, activation)
     else:
         h = half_away(activate(acc, activation), x.dtype)
-    return nearest_even(accumulate(h, expert.second), dtype)
+    return accumulate(h, expert.second)
+
+
+def _round_y(value: Array, second: Product, dtype: npt.DTypeLike) -> Array:
+    if len(second.weight) == 0 and second.deq_scale is None and dtype == BFLOAT16:
+        return half_away(value, dtype)
+    return nearest_even(value, dtype)
 
 
 def high_performance(x: Array, first: Product, inner_precise: int) -> bool:
@@ -173,16 +186,16 @@ def by_row(product: Product, groups: Array | None) -> Array:
     return np.repeat(groups, len(product.weight) // len(groups), axis=0)
 
 
-def bias_only(second: Product, dtype: npt.DTypeLike) -> Array:
+def _bias_only(second: Product) -> Array:
     """The row that every token gets when N1 == 0. Unlike elsewhere, a deq_scale keeps all its 32 bits."""
     if second.bias is None:
-        return np.zeros(second.weight.shape[1], dtype)
-    if second.deq_scale is not None:
-        return nearest_even(second.bias.astype(np.float32) * multiplier(second.deq_scale, ALL_32_BITS), dtype)
-    return half_away(second.bias, dtype) if dtype == BFLOAT16 else second.bias.astype(dtype)
+        return np.zeros(second.weight.shape[1], np.float32)
+    bias = second.bias.astype(np.float32)
+    return bias if second.deq_scale is None else bias * multiplier(second.deq_scale, ALL_32_BITS)
 
 
-def _exact(x: Array, expert: Expert, activation: str) -> Array:
+def exact_results(x: Array, expert: Expert, activation: str) -> Array:
+    """The formula, in float64."""
     h = _exact_product(x, expert.first, TOP_19_BITS)
     if activation in GLU:
         left, right = np.split(h, 2, axis=-1)

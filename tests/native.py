@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels under the signature of reference.ffn, for each instruction set; over ffn_ops._native."""
+"""The CPU kernels of each instruction set as reference.ffn and reference.moe; over ffn_ops._native."""
 
 from typing import Any
 
@@ -26,15 +26,21 @@ def native_ffn(
     output_dtype: npt.DTypeLike | None = None,
     isa: str | None = None,
     threads: int = 1,
+    packed: bool = False,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
-    """reference.ffn with the kernels of `isa`, divided among `threads` workers. Weights may be transposed."""
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers; reference.moe where topk_ids
+    and topk_weights are among the operands. Weights may be transposed; with `packed` they are prepacked
+    first."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
     y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
     operands |= {"x": x, "out": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}
+    pairs = {name: _pair(array) for name, array in operands.items() if array is not None}
+    for name in ("weight1", "weight2") if packed else ():
+        pairs[name] = np.frombuffer(_native.prepack(pairs[name], isa), np.uint8), "uint8"
     _native.ffn(
         activation=activation, tokens_index_flag=tokens_index_flag, inner_precise=inner_precise,
-        isa=isa, threads=threads, **{name: _pair(a) for name, a in operands.items() if a is not None},
+        isa=isa, threads=threads, **pairs,
     )  # fmt: skip
     return y
 

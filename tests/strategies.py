@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from ffn_ops import contract
-from ffn_ops.contract import ACTIVATIONS, FLOAT_MODES, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
+from ffn_ops import contract, prepack
+from ffn_ops.contract import ACTIVATIONS, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
 
 DEVICE = os.environ["FFN_OPS_TEST_DEVICE"]  # "cpu" or "npu": conftest.py's option --device
 TARGET = {"cpu": "cpu", "npu": "ascend910b"}[DEVICE]
@@ -53,14 +53,23 @@ class Call:
         specs = {**self.specs, name: spec} if spec else {k: v for k, v in self.specs.items() if k != name}
         return replace(self, specs=specs)
 
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The operator that takes this call."""
+        if "topk_ids" in self.specs:
+            return torch.ops.ffn.moe.default
+        return torch.ops.ffn.ffn.out if "out" in self.specs else torch.ops.ffn.ffn.default
+
     def options(self) -> dict[str, Any]:
         """The arguments that are no tensors, as the operator takes them."""
         output = self.specs.get("output_dtype")
-        return {
-            "tokens_index_flag": self.tokens_index_flag,
+        options = {
             "inner_precise": self.inner_precise,
             "output_dtype": getattr(torch, output.dtype) if output else None,
         }
+        return (
+            options if "topk_ids" in self.specs else {"tokens_index_flag": self.tokens_index_flag, **options}
+        )
 
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         """Random operands of sizes that keep every step in range, keyed as reference.ffn's arguments."""
@@ -97,11 +106,7 @@ class Call:
 
     def reference_options(self) -> dict[str, Any]:
         output = self.specs.get("output_dtype")
-        return {
-            "tokens_index_flag": self.tokens_index_flag,
-            "inner_precise": self.inner_precise,
-            "output_dtype": numpy_dtype(output.dtype) if output else None,
-        }
+        return {**self.options(), "output_dtype": numpy_dtype(output.dtype) if output else None}
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -129,7 +134,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """An equal tensor on DEVICE whose memory is dense, transposed (as nn.Linear's weight.t()) or every second
-    element."""
+    element; or the same weight prepacked."""
+    if layout == "packed":
+        return prepack(tensor)
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(-1, -2).contiguous().to(DEVICE).transpose(-1, -2)
     if layout == "sliced":
@@ -152,6 +159,10 @@ def _random(rng: np.random.Generator, name: str, spec: Spec, plan: contract.Plan
         if spec.dtype == "int32":
             return rng.integers(-20000, 20000, shape).astype(np.int32)
         return rng.standard_normal(shape).astype(dtype)
+    if name == "topk_ids":  # E and above: to be skipped
+        return rng.integers(0, (plan.dims["E"] or 0) + 2, shape).astype(dtype)
+    if name == "topk_weights":
+        return rng.uniform(-1, 1, shape).astype(dtype)
     if name == "scale":
         return rng.uniform(20, 60, shape).astype(dtype)
     if name == "offset":
@@ -176,42 +187,52 @@ def calls(
     experts: bool | None = None,
     per_group: bool | None = None,
     per_channel: bool | None = None,
+    moe: bool = False,
     largest: int = 40,
     layouts: bool = False,
 ) -> Call:
-    """Legal calls of `target`; the other arguments narrow them. Sizes go up to `largest`, zeros included."""
+    """Legal calls of `target`, of ffn.moe if asked; the other arguments narrow them.
+
+    Sizes go up to `largest`, zeros included.
+    """
     route = contract.TARGETS[target][0]
     rows = [m for m in MODES if route in m.routes.split() and (modes is None or m.name in modes)]
     if target == "ascend310p":
         rows = [m for m in rows if m.name == "fp16"]
     if glu:
-        rows = [m for m in rows if m.name in (FLOAT_MODES if target == "cpu" else ("fp16",))]
+        rows = [m for m in rows if target == "cpu" or m.name == "fp16"]
     if per_group:
         rows = [m for m in rows if m.antiquant and (target == "cpu" or m.weight == "int4")]
     if per_channel:
         rows = [m for m in rows if m.scale]
     mode = draw(st.sampled_from(rows))
 
-    may_glu = (
-        mode.name in FLOAT_MODES
-        if target == "cpu"
-        else mode.name == "fp16" and target != "ascend310p" and not experts
-    )
+    may_glu = target == "cpu" or (mode.name == "fp16" and target != "ascend310p" and not experts)
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
     name = draw(st.sampled_from(GLU if use_glu else ACTIVATIONS[:4]))
     may_experts = target == "cpu" or not (use_glu or target == "ascend310p")
     E = (
         draw(st.integers(1, 5))
-        if (draw(st.booleans()) if experts is None and may_experts else experts)
+        if moe or (draw(st.booleans()) if experts is None and may_experts else experts)
         else 0
     )
+    left_out = {"out", "output_dtype"} | (set() if moe else {"topk_ids", "topk_weights"})
+    if moe or not E:
+        left_out.add("expert_tokens")
 
     step = draw(st.sampled_from((2, 8))) if mode.weight == "int4" else 1
     size = st.integers(0, largest // step).map(lambda n: n * step)
     K1, K2 = draw(size), draw(size)
     may_group = bool(mode.antiquant) and (target == "cpu" or mode.weight == "int4")
     grouped = draw(st.booleans()) if per_group is None and may_group else bool(per_group)
-    dims = {"K1": K1, "N1": 2 * K2 if use_glu else K2, "K2": K2, "N2": K1, "E": E}
+    dims = {
+        "K1": K1,
+        "N1": 2 * K2 if use_glu else K2,
+        "K2": K2,
+        "N2": K1,
+        "E": E,
+        "top_k": draw(st.integers(0, 4)),
+    }
     dims["G1"], dims["G2"] = draw(st.sampled_from(_divisors(K1))), draw(st.sampled_from(_divisors(K2)))
 
     rank = 2 if target == "ascend310p" else draw(st.integers(2, 8))
@@ -229,7 +250,7 @@ def calls(
     float32_deq = draw(st.booleans()) if per_channel is None else not per_channel
     for operand in OPERANDS:
         dtypes = getattr(mode, OPERANDS[operand].column).split()
-        if not dtypes or operand in ("out", "output_dtype") or (operand == "expert_tokens" and not E):
+        if not dtypes or operand in left_out:
             continue
         if operand in ("bias1", "bias2") and not draw(st.booleans()):
             continue
@@ -258,7 +279,7 @@ def calls(
     if mode.name == "bf16" and not use_glu:
         legal = (0,)
     tokens: tuple[int, ...] = ()
-    if E:
+    if E and not moe:
         M = int(np.prod(leading))
         cuts = sorted(draw(st.lists(st.integers(0, M), min_size=E - 1, max_size=E - 1)))
         tokens = tuple(end - begin for begin, end in zip([0, *cuts], [*cuts, M], strict=True))
@@ -270,7 +291,7 @@ def calls(
         tokens,
         draw(st.booleans()),
         torch.int32 if step == 8 else torch.uint8,
-        {name: draw(st.sampled_from(("dense", "transposed", "sliced"))) for name in specs} if layouts else {},
+        {name: draw(st.sampled_from(_layouts(name, target))) for name in specs} if layouts else {},
     )
     if (
         call.violations() and per_channel is None and route == "fused"
@@ -278,6 +299,11 @@ def calls(
         uint64 = {name: Spec("uint64", specs[name].shape) for name in ("deq_scale1", "deq_scale2")}
         call = replace(call, specs={**specs, **uint64})
     return call
+
+
+def _layouts(name: str, target: str) -> tuple[str, ...]:
+    packed = ("packed",) if name in ("weight1", "weight2") and target == "cpu" else ()
+    return ("dense", "transposed", "sliced", *packed)
 
 
 def _divisors(n: int) -> list[int]:

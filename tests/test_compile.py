@@ -27,7 +27,11 @@ def full_call(mode_name: str, experts: bool, glu: bool, M: int = 6) -> Call:
     specs = {}
     for name, operand in OPERANDS.items():
         dtypes = getattr(mode, operand.column).split()
-        if dtypes and name != "out" and (experts or name != "expert_tokens"):
+        if (
+            dtypes
+            and name not in ("topk_ids", "topk_weights", "out")
+            and (experts or name != "expert_tokens")
+        ):
             shape = () if name == "output_dtype" else shapes.get(name) or (*E, columns[name[-1]])
             specs[name] = Spec(dtypes[0] if dtypes[0] != "uint64" else "int64", shape)
     return Call(specs, GLU[1] if glu else "gelu", tokens=(M // 2, M - M // 2) if experts else ())

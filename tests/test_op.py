@@ -170,32 +170,6 @@ def test_experts_are_dense_calls_side_by_side(mode: str, data: st.DataObject, se
     assert same_bits(relabelled, y.flatten(0, -2)[torch.from_numpy(rows)])
 
 
-def by_element(operand: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """An antiquant operand, [E?, N] or [E?, G, N], repeated over the rows of each group."""
-    groups = operand[..., None, :] if operand.ndim < weight.ndim else operand
-    return np.repeat(groups, weight.shape[-2] // max(groups.shape[-2], 1), axis=-2)
-
-
-@pytest.mark.parametrize("mode", ["w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"])
-@settings(max_examples=25)
-@given(data=st.data(), seed=SEEDS)
-def test_antiquant_is_the_float_mode_with_the_contracts_weights(mode: str, data: st.DataObject, seed: int):
-    call = data.draw(calls(modes=(mode,)))
-    arrays = call.arrays(seed)
-    dtype = arrays["x"].dtype
-    plain = {name: array for name, array in arrays.items() if "antiquant" not in name}
-    for i in "12":
-        weight = arrays[f"weight{i}"]
-        scale, offset = (by_element(arrays[f"antiquant_{kind}{i}"], weight) for kind in ("scale", "offset"))
-        if dtype == np.float16:  # contract section e.5: two roundings, or one
-            plain[f"weight{i}"] = (weight.astype(np.float16) + offset) * scale
-        else:
-            total = weight.astype(np.float32) + offset.astype(np.float32)
-            plain[f"weight{i}"] = (total * scale.astype(np.float32)).astype(dtype)
-    inner_precise = 1 if dtype == np.float16 else 0
-    assert same_bits(run(call, plain, inner_precise=inner_precise), run(call, arrays))
-
-
 @pytest.mark.cpu_only
 def test_a_thousand_experts_most_of_them_empty():
     generator = torch.Generator().manual_seed(7)

@@ -17,7 +17,18 @@ import numpy.typing as npt
 
 import reference
 from reference.activation import GLU, activate
-from reference.ffn import Expert, Product, accumulate, by_row, dequantize, expand, experts, high_performance
+from reference.ffn import (
+    Expert,
+    Product,
+    accumulate,
+    by_row,
+    dequantize,
+    expand,
+    experts,
+    high_performance,
+    results,
+)
+from reference.moe import shares
 from reference.rounding import Array, half_away, multiplier, nearest_even, quantize
 
 UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
@@ -99,7 +110,16 @@ def bound(*args: Any, stepwise: bool = False, **kwargs: Any) -> Array:
 @np.errstate(all="ignore")
 def assert_close(actual: Array, *args: Any, stepwise: bool = False, **kwargs: Any) -> None:
     """Asserts |actual - reference.ffn(...)| <= bound(...) in every cell; reports the worst one."""
-    expected, limit = _reference_and_bound(stepwise, *args, **kwargs)
+    _assert_within(actual, *_reference_and_bound(stepwise, *args, **kwargs))
+
+
+@np.errstate(all="ignore")
+def assert_moe_close(actual: Array, *args: Any, **kwargs: Any) -> None:
+    """assert_close for reference.moe."""
+    _assert_within(actual, *_moe_reference_and_bound(*args, **kwargs))
+
+
+def _assert_within(actual: Array, expected: Array, limit: Array) -> None:
     assert actual.dtype == expected.dtype, f"y is {actual.dtype}, but the reference's is {expected.dtype}"
     assert actual.shape == expected.shape, f"y is {actual.shape}, but the reference's is {expected.shape}"
     got, wanted = _on_line(actual, actual.dtype), _on_line(expected, actual.dtype)
@@ -130,11 +150,43 @@ def _reference_and_bound(stepwise: bool, *args: Any, **kwargs: Any) -> tuple[Arr
         first, second, of["scale"], of["offset"], of["expert_tokens"], of["tokens_index_flag"], len(y)
     ):
         if len(expert.second.weight):  # without a second product, y is a bias, bit for bit
-            kernel = _kernel(
+            kernel = _results(
                 x[expert.rows], expert, activation, 0 if high_precision else 1, y.dtype, stepwise
             )
             limit[expert.rows] = _distance(kernel, y[expert.rows])
     return expected, limit.reshape(expected.shape)
+
+
+def _moe_reference_and_bound(
+    x: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    weight1: Array,
+    weight2: Array,
+    activation: str,
+    inner_precise: int | None = None,
+    output_dtype: npt.DTypeLike | None = None,
+    **operands: Array,
+) -> tuple[Array, Array]:
+    expected = reference.moe(
+        x, topk_ids, topk_weights, weight1, weight2, activation,
+        inner_precise=inner_precise, output_dtype=output_dtype, **operands,
+    )  # fmt: skip
+    activation = activation.lower()
+    if inner_precise is None:
+        inner_precise = 1 if activation in GLU else 0
+    y = expected.reshape(int(np.prod(expected.shape[:-1])), expected.shape[-1])
+    matrix = x.reshape(len(y), x.shape[-1])
+    low, high = np.zeros(y.shape), np.zeros(y.shape)
+    for tokens, expert, weight in shares(len(y), topk_ids, topk_weights, weight1, weight2, operands):
+        options = (activation, inner_precise, y.dtype)
+        if len(expert.second.weight):
+            result = _results(matrix[tokens], expert, *options, False)
+        else:
+            result = _point(results(matrix[tokens], expert, *options))
+        weighted = _times(_point(np.broadcast_to(weight, result.low.shape)), result)
+        low[tokens], high[tokens] = _plus(Interval(low[tokens], high[tokens]), weighted)
+    return expected, _distance(Interval(low, high), y).reshape(expected.shape)
 
 
 def _on_line(y: Array, dtype: npt.DTypeLike) -> Array:
@@ -143,18 +195,20 @@ def _on_line(y: Array, dtype: npt.DTypeLike) -> Array:
 
 
 def _distance(kernel: Interval, y: Array) -> Array:
+    """How far from y a kernel may be that has this before it rounds to y's dtype."""
+    kernel = _through(lambda v: nearest_even(v, y.dtype), kernel)
     low, middle, high = (_on_line(v, y.dtype) for v in (kernel.low, y, kernel.high))
     distance = np.maximum(high - middle, middle - low)
     distance = np.where(np.isnan(low) & np.isnan(middle) & np.isnan(high), 0, distance)
     return np.where((kernel.low == -np.inf) & (kernel.high == np.inf), np.inf, distance)
 
 
-def _kernel(
+def _results(
     x: Array, expert: Expert, activation: str, inner_precise: int, dtype: npt.DTypeLike, stepwise: bool
 ) -> Interval:
-    """What a kernel may answer; step for step what reference.ffn's _ascend does."""
+    """What a kernel may have before it rounds to y's dtype; step for step as reference.ffn's results."""
     if x.dtype == np.int8:
-        return _int8_kernel(x, expert, activation, dtype, stepwise)
+        return _int8_results(x, expert, activation, dtype, stepwise)
     acc = _product(_point(x), expert.first, x.dtype)
     rounded_before = high_performance(x, expert.first, inner_precise)
     if rounded_before:
@@ -166,20 +220,25 @@ def _kernel(
         h = (_stepwise if stepwise and rounded_before else _activation)(acc, activation)
     ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
     h = _through(lambda v: ties(v, x.dtype), h)
-    return _through(lambda v: nearest_even(v, dtype), _product(h, expert.second, x.dtype))
+    return _product(h, expert.second, x.dtype)
 
 
-def _int8_kernel(x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike, stepwise: bool) -> Interval:
+def _int8_results(
+    x: Array, expert: Expert, activation: str, dtype: npt.DTypeLike, stepwise: bool
+) -> Interval:
     value = dequantize(accumulate(x, expert.first), expert.first)  # bit for bit
     if dtype == np.float16:
         value = nearest_even(value, np.float16)
-    act = _stepwise if stepwise and dtype == np.float16 else _activation
-    h = _through(lambda v: nearest_even(v, np.float16), act(_point(value), activation))
+    if activation in GLU:
+        left, right = np.split(value, 2, axis=-1)
+        h = _times(_point(left), _activation(_point(right), activation))
+    else:
+        h = (_stepwise if stepwise and dtype == np.float16 else _activation)(_point(value), activation)
+    h = _through(lambda v: nearest_even(v, np.float16), h)
     scale, offset = expert.scale, expert.offset
     assert scale is not None and offset is not None
     q = _through(lambda v: quantize(v.astype(np.float16), scale, offset), h)
-    acc = _int32_product(q, expert.second)
-    return _through(lambda v: nearest_even(dequantize(v, expert.second), dtype), acc)
+    return _through(lambda v: dequantize(v, expert.second), _int32_product(q, expert.second))
 
 
 def _product(a: Interval, product: Product, dtype: npt.DTypeLike) -> Interval:
@@ -302,7 +361,16 @@ def _steps(x: Array, activation: str) -> Interval:
 
 
 def _times(a: Interval, b: Interval) -> Interval:
-    ends = np.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+    return _rounded(a, b, a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high)
+
+
+def _plus(a: Interval, b: Interval) -> Interval:
+    return _rounded(a, b, a.low + b.low, a.high + b.high)
+
+
+def _rounded(a: Interval, b: Interval, *cases: Array) -> Interval:
+    """The float32 results between these, of an operation on a and b."""
+    ends = np.stack(cases)
     low, high = ends.min(axis=0), ends.max(axis=0)
     radius = (high - low) / 2 + UNIT * np.maximum(np.abs(low), np.abs(high)) + TINY
     return _around(low / 2 + high / 2, radius, np.isfinite(ends).all(axis=0) | (a.certain & b.certain))

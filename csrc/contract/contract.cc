@@ -60,9 +60,16 @@ Facts Describe(const Call& call, Target target) {
   const Spec* operands = call.operands;
 
   const Spec& tokens = operands[kExpertTokensOperand];
-  const bool experts = tokens.given && (tokens.shape.empty() || tokens.shape[0] != 0);
+  const std::vector<int64_t>& ids = operands[kTopkIdsOperand].shape;
+  const bool moe = operands[kTopkIdsOperand].given || operands[kTopkWeightsOperand].given;
+  const bool experts = moe || (tokens.given && (tokens.shape.empty() || tokens.shape[0] != 0));
+  value[kMoeFact] = moe;
   value[kExpertsFact] = experts;
-  if (!experts) {
+  if (!ids.empty()) value[kTopKFact] = ids.back();
+  const std::vector<int64_t>& weight1 = operands[kWeight1Operand].shape;
+  if (moe) {
+    if (weight1.size() >= 3) value[kEFact] = weight1[0];
+  } else if (!experts) {
     value[kEFact] = 0;
   } else if (tokens.shape.size() == 1) {
     value[kEFact] = tokens.shape[0];

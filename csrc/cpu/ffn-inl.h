@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three tasks of a call for one instruction set: rows of x to float32, the first product with its
-// activation, and the second product. ffn.cc runs them through the Kernels table; isa_*.cc include this file,
-// each compiled with its own flags, and name the table. docs/numerics.md lists the roundings.
+// The tasks of a call for one instruction set: rows of x to float32, the first product with its activation,
+// the second product, and for ffn.moe the sum over a token's experts. ffn.cc and moe.cc run them through the
+// Kernels table; isa_*.cc include this file, each compiled with its own flags, and name the table.
+// docs/numerics.md lists the roundings.
 #pragma once
 
 #include "cpu/activation-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/kernels.h"
-#include "cpu/unpack-inl.h"
+#include "cpu/packed-inl.h"
 #include "cpu/vec-inl.h"
 
 namespace ffn::cpu {
@@ -15,10 +16,12 @@ namespace {
 
 void LoadRows(const Wave& wave, int64_t row, int64_t rows) {
   const Product& product = wave.first;
+  const Assignment* const assignments = wave.problem->assignments;
   for (int64_t r = row; r < row + rows; ++r) {
+    const int64_t from = assignments == nullptr ? wave.first_row + r : assignments[wave.first_row + r].token;
     for (int64_t k = 0; k < product.K; k += kKBlock) {
       const int64_t count = product.K - k < kKBlock ? product.K - k : kKBlock;
-      LoadRow(wave.problem->x_dtype, wave.problem->x, (wave.first_row + r) * product.K + k, count,
+      LoadRow(wave.problem->x_dtype, wave.problem->x, from * product.K + k, count,
               product.a + (k / kKBlock * wave.rows + r) * kKBlock);
     }
   }
@@ -37,19 +40,19 @@ inline void LoadDeqScale(const Wave& wave, const void* data, int64_t index, int6
 }
 
 // What is stored per output channel, for the columns of a task. An absent bias is zeros.
-inline void LoadChannels(const Wave& wave, const Product& product, int64_t expert, int64_t column,
-                         int64_t columns, float* bias, TaskScratch* scratch) {
+inline void LoadChannels(const Wave& wave, const Product& product, int64_t expert, const Columns& columns,
+                         float* bias, float* deq_scale) {
   const Channels& channels = *product.channels;
-  const int64_t index = expert * product.N + column;
+  const int64_t index = expert * product.N + columns.column;
   if (channels.bias == nullptr) {
     __builtin_memset(bias, 0, kMaxColumns * sizeof(float));
   } else if (wave.steps.quant) {
     __builtin_memcpy(bias, static_cast<const int32_t*>(channels.bias) + index,
-                     static_cast<size_t>(columns) * 4);
+                     static_cast<size_t>(columns.columns) * 4);
   } else {
-    LoadRow(wave.problem->bias_dtype, channels.bias, index, columns, bias);
+    LoadRow(wave.problem->bias_dtype, channels.bias, index, columns.columns, bias);
   }
-  if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns, scratch->deq_scale);
+  if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns.columns, deq_scale);
 }
 
 // kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.
@@ -73,12 +76,18 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
                   TaskScratch* scratch) {
   const Problem& problem = *wave.problem;
   const Steps& steps = wave.steps;
-  const int64_t stride = TileStride(columns);
   const int64_t hidden = wave.second.K;
+  int64_t stride = 0;
+  const float* tiles[2] = {};  // at the first column of this task
   for (int half = 0; half <= (steps.glu ? 1 : 0); ++half) {
-    LoadChannels(wave, wave.first, segment.expert, half * hidden + column, columns, scratch->bias[half],
-                 scratch);
-    Multiply(wave, wave.first, segment, half * hidden + column, columns, scratch->tile[half], scratch);
+    // The right half of a GLU may begin inside a panel; then the panel is computed from its first column.
+    const int64_t first = half * hidden + column, skipped = first % kPackedColumns;
+    const Columns all = {first - skipped, columns + skipped};
+    Multiply(wave, wave.first, segment, all, scratch->tile[half], scratch);
+    LoadChannels(wave, wave.first, segment.expert, {first, columns}, scratch->bias[half],
+                 scratch->deq_scale[half]);
+    stride = TileStride(all.columns);
+    tiles[half] = scratch->tile[half] + skipped;
   }
   F32 offset = {};
   if (steps.quant) {
@@ -94,13 +103,14 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
   }
   for (int64_t r = 0; r < segment.rows; ++r) {
     for (int64_t n = 0; n < columns; n += kLanes) {
-      const int64_t at = r * stride + n;
-      F32 value = Round(steps.first, Result(steps.quant, scratch->tile[0] + at, scratch->bias[0] + n,
-                                            scratch->deq_scale + n));
+      const auto sums = [&](int half) {
+        const float* const at = tiles[half] + r * stride + n;
+        return Round(steps.first,
+                     Result(steps.quant, at, scratch->bias[half] + n, scratch->deq_scale[half] + n));
+      };
+      F32 value = sums(0);
       if (steps.glu) {
-        const F32 right =
-            Round(steps.first, Result(false, scratch->tile[1] + at, scratch->bias[1] + n, nullptr));
-        value = value * Activate(problem.activation, right);
+        value = value * Activate(problem.activation, sums(1));
       } else {
         value = Activate(problem.activation, value);
       }
@@ -125,28 +135,51 @@ inline void StoreResult(Rounding rounding, F32 value, void* y, int64_t index, in
   __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+inline void StoreResult(DType dtype, Rounding rounding, F32 value, void* y, int64_t index, int64_t count) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return StoreResult<float>(rounding, value, y, index, count);
+    case DType::kFloat16:
+      return StoreResult<Half>(rounding, value, y, index, count);
+    default:
+      return StoreResult<BFloat>(rounding, value, y, index, count);
+  }
+}
+
 void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
                    TaskScratch* scratch) {
   const Problem& problem = *wave.problem;
   const Steps& steps = wave.steps;
   const int64_t stride = TileStride(columns);
-  LoadChannels(wave, wave.second, segment.expert, column, columns, scratch->bias[0], scratch);
-  Multiply(wave, wave.second, segment, column, columns, scratch->tile[0], scratch);
+  LoadChannels(wave, wave.second, segment.expert, {column, columns}, scratch->bias[0], scratch->deq_scale[0]);
+  Multiply(wave, wave.second, segment, {column, columns}, scratch->tile[0], scratch);
   for (int64_t r = 0; r < segment.rows; ++r) {
-    const int64_t row = (wave.first_row + segment.row + r) * wave.second.N + column;
+    const int64_t row = wave.first_row + segment.row + r;
     for (int64_t n = 0; n < columns; n += kLanes) {
       const F32 value = Result(steps.quant, scratch->tile[0] + r * stride + n, scratch->bias[0] + n,
-                               scratch->deq_scale + n);
-      switch (problem.y_dtype) {
-        case DType::kFloat32:
-          StoreResult<float>(steps.y, value, problem.y, row + n, columns - n);
-          break;
-        case DType::kFloat16:
-          StoreResult<Half>(steps.y, value, problem.y, row + n, columns - n);
-          break;
-        default:
-          StoreResult<BFloat>(steps.y, value, problem.y, row + n, columns - n);
+                               scratch->deq_scale[0] + n);
+      if (problem.assignments == nullptr) {
+        StoreResult(problem.y_dtype, steps.y, value, problem.y, row * wave.second.N + column + n,
+                    columns - n);
+      } else {
+        const Assignment& assignment = problem.assignments[row];
+        StoreResult<float>(Rounding::kNone, value * Set(assignment.weight), problem.y,
+                           assignment.slot * wave.second.N + column + n, columns - n);
       }
+    }
+  }
+}
+
+void Combine(const Combination& combination, int64_t token, int64_t tokens) {
+  const int64_t top_k = combination.top_k, N = combination.N;
+  const Rounding rounding = combination.y_dtype == DType::kBFloat16 ? Rounding::kBf16 : Rounding::kNone;
+  for (int64_t t = token; t < token + tokens; ++t) {
+    for (int64_t n = 0; n < N; n += kLanes) {
+      F32 sum = {};
+      for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
+        if (combination.present[slot]) sum = sum + LoadFloats(combination.results + slot * N + n, N - n);
+      }
+      StoreResult(combination.y_dtype, rounding, sum, combination.y, t * N + n, N - n);
     }
   }
 }

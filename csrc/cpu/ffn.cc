@@ -1,88 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The driver of the CPU kernels: chooses the instruction set and walks through a call in waves of rows, each
-// in three parallel regions - rows of x to float32, first product, second product. Compiled once, for the
-// baseline; the tasks inside the regions are ffn-inl.h, reached through the Kernels table (kernels.h).
+// The driver of the CPU kernels: walks through a call in waves of rows, each in three parallel regions - rows
+// of x to float32, first product, second product. Compiled once, for the baseline; the tasks inside the
+// regions are ffn-inl.h, reached through the Kernels table (kernels.h) of the instruction set (isa.cc).
 #include "cpu/ffn.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "cpu/parallel.h"
 
 namespace ffn::cpu {
 namespace {
-
-// ---- Instruction sets ----
-
-constexpr const Kernels* kKernels[] = {
-#if defined(__x86_64__)
-    &kAvx512Kernels,
-    &kAvx2Kernels,
-#endif
-    &kGenericKernels,
-};
-
-bool Supported(const Kernels& kernels) {
-#if defined(__x86_64__)
-  // These ask the operating system too (XCR0). F16C is not among the names every compiler knows; it has no
-  // state.
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&kernels == &kAvx2Kernels) return avx2;
-  if (&kernels == &kAvx512Kernels) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
-#endif
-  return &kernels == &kGenericKernels;
-}
-
-const Kernels* Named(const char* name) {
-  for (const Kernels* kernels : kKernels) {
-    if (std::strcmp(kernels->name, name) == 0) return kernels;
-  }
-  return nullptr;
-}
-
-// `who` is what asked for it, and opens the error.
-const Kernels& Require(const std::string& who, const char* name, const char* fix) {
-  const Kernels* named = Named(name);
-  if (named != nullptr && Supported(*named)) return *named;
-  std::string names;
-  for (const Kernels* kernels : kKernels) {
-    if (named == nullptr || Supported(*kernels))
-      names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-  }
-  throw std::runtime_error(who + " is " + name + ", but this " +
-                           (named == nullptr ? "build has " : "machine can run ") + names + " (" + fix + ")");
-}
-
-const Kernels& Selected() {
-  static const Kernels& selected = []() -> const Kernels& {
-    const char* forced = std::getenv("FFN_OPS_ISA");
-    if (forced != nullptr && *forced != '\0')
-      return Require("FFN_OPS_ISA", forced, "unset it, or name one of these");
-    for (const Kernels* kernels : kKernels) {
-      if (Supported(*kernels)) return *kernels;
-    }
-    return kGenericKernels;
-  }();
-  return selected;
-}
-
-// ---- One call ----
 
 // The roundings of the call's mode: contract.md section e, docs/numerics.md.
 Steps StepsOf(const Problem& p) {
@@ -141,72 +72,19 @@ struct FreeAligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{alignof(TaskScratch)}); }
 };
 
-// Subnormals and rounding as IEEE 754 has them while it lives: these settings belong to threads, and which
-// thread takes a task is chance. torch.set_flush_denormal changes one thread's.
-class DefaultFloatingPoint {
- public:
-  DefaultFloatingPoint() : before_(Get()) { Set(kDefault); }
-  ~DefaultFloatingPoint() { Set(before_); }
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
-
- private:
-#if defined(__x86_64__)
-  using Control = uint32_t;
-  static constexpr Control kDefault =
-      0x1f80;  // MXCSR at reset: exceptions masked, nearest even, subnormals kept
-  static Control Get() { return __builtin_ia32_stmxcsr(); }
-  static void Set(Control value) { __builtin_ia32_ldmxcsr(value); }
-#elif defined(__aarch64__)
-  using Control = uint64_t;
-  static constexpr Control kDefault = 0;  // FPCR: nearest even, subnormals kept
-  static Control Get() {
-    Control value;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(value));
-    return value;
-  }
-  static void Set(Control value) { __asm__ volatile("msr fpcr, %0" : : "r"(value)); }
-#else
-  using Control = int;
-  static constexpr Control kDefault = 0;
-  static Control Get() { return 0; }
-  static void Set(Control) {}
-#endif
-
-  const Control before_;
-};
-
-// Runs task(i, worker) for every i in [0, tasks) on up to `workers` workers, each taking the next one that is
-// left.
-template <typename Task>
-void ForEach(const ParallelFor& parallel, int64_t workers, int64_t tasks, const Task& task) {
-  struct Context {
-    const Task& task;
-    const int64_t tasks;
-    std::atomic<int64_t> next{0};
-  } context = {task, tasks};
-  const auto body = [](void* opaque, int64_t worker) {
-    Context& context = *static_cast<Context*>(opaque);
-    const DefaultFloatingPoint ieee;
-    for (int64_t i; (i = context.next.fetch_add(1, std::memory_order_relaxed)) < context.tasks;)
-      context.task(i, worker);
-  };
-  workers = std::min(workers, tasks);
-  if (workers > 1) {
-    parallel.run(parallel.self, workers, body, &context);
-  } else {
-    body(&context, 0);
-  }
-}
-
 // Columns of a task: what its tile holds, but at least two tasks a worker. Bits do not depend on it
 // (gemm-inl.h).
 int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
                     int64_t workers) {
+  // The right half of a GLU may begin inside a panel, which must fit the tile too.
+  if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   // A transposed weight is contiguous along K, so nothing is gained from wide tasks.
-  if (product.weight->col_stride != 1) return kMinColumns;
+  if (!product.weight->packed && product.weight->col_stride != 1) return kMinColumns;
   int64_t most_rows = 0;
   for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
+  // Only so do blocks of kKBlock rows fit the scratch for panels, when it is used.
+  const bool panels = !product.weight->packed || most_rows > kFewRows;
+  if (product.channels->antiquant_scale != nullptr && panels) return kMinColumns;
   int64_t width = kMinColumns;
   while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
          static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {
@@ -218,7 +96,7 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
 }  // namespace
 
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
-  const Kernels& kernels = isa == nullptr ? Selected() : Require("isa", isa, "name one of these");
+  const Kernels& kernels = KernelsOf(isa);
   const Problem& p = problem;
   if (p.M == 0 || p.N2 == 0) return;
 
@@ -248,8 +126,6 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
       row += rows;
     }
 
-    // A region costs some microseconds, so a worker must have as much to do (this many multiplications).
-    constexpr int64_t kWorkPerWorker = 1 << 17;
     const int64_t work = wave.rows * (p.K1 * p.N1 + p.K2 * p.N2);
     const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
 
@@ -276,22 +152,5 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
 }
 
 size_t ScratchBytes(const Problem& problem, int64_t threads) { return Bytes(PlanScratch(problem, threads)); }
-
-const char* const* CompiledIsas(size_t* count) {
-  static const auto names = [] {
-    std::vector<const char*> names;
-    for (const Kernels* kernels : kKernels) names.push_back(kernels->name);
-    return names;
-  }();
-  *count = names.size();
-  return names.data();
-}
-
-bool IsaSupported(const char* name) {
-  const Kernels* kernels = Named(name);
-  return kernels != nullptr && Supported(*kernels);
-}
-
-const char* SelectedIsa() { return Selected().name; }
 
 }  // namespace ffn::cpu

@@ -16,15 +16,21 @@ enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeGlu, kSwiGl
 
 inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
 
-// A weight matrix of each expert: element (e, k, n) is at e * expert_stride + k * row_stride + n *
-// col_stride, in elements, from `data`. One of row_stride and col_stride is 1 (both [K, N] and transposed
-// nn.Linear weights are read in place). kInt4 is always dense [E, K, N]: two elements per byte along N, low
-// nibble first.
+// Columns of a panel of a packed weight (packed.h).
+inline constexpr int64_t kPackedColumns = 32;
+
+// A weight matrix of each expert. Plain: element (e, k, n) is at e * expert_stride + k * row_stride + n *
+// col_stride, in elements, from `data`; one of row_stride and col_stride is 1, so that both [K, N] and
+// transposed nn.Linear weights are read in place; kInt4 is always dense [E, K, N], two elements per byte
+// along N, low nibble first. Packed: the panels of a block that packed.h describes, expert_stride bytes an
+// expert.
 struct Weight {
   const void* data = nullptr;
   int64_t expert_stride = 0;
   int64_t row_stride = 0;
   int64_t col_stride = 0;
+  bool packed = false;
+  int64_t panel_bytes = 0;
 };
 
 // Everything about one product that is stored per output channel. Null pointers mean "absent". All are dense.
@@ -34,6 +40,13 @@ struct Channels {
   const void* antiquant_scale = nullptr;   // [E, G, N]; x's dtype (antiquant only)
   const void* antiquant_offset = nullptr;  // [E, G, N]; x's dtype (antiquant only)
   int64_t G = 1;                           // groups along K; row k belongs to group k / (K / G)
+};
+
+// A row of x on its way through one expert: it is read from x's row `token`, and its result, times `weight`,
+// goes to y's row `slot`.
+struct Assignment {
+  int64_t token, slot;
+  float weight;
 };
 
 // y = act(x W1 + b1) W2 + b2. Sizes as everywhere: x is [M, K1], W1 [E, K1, N1], W2 [E, K2, N2], y [M, N2];
@@ -56,7 +69,16 @@ struct Problem {
   const float* offset = nullptr;  // w8a8: [E]
   const int64_t* row_ends =
       nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
+  const Assignment* assignments = nullptr;  // [M], for RunMoe; then y is float32 [.., N2]
   void* y = nullptr;
+};
+
+// ffn.moe: y[t] = sum over slots s of weights[t, s] * ffn(x[t]) by expert ids[t, s], added in float32 in the
+// order of the slots, beginning with 0, and rounded once. An id of E or more contributes nothing.
+struct Routing {
+  int64_t top_k = 0;
+  const int64_t* ids = nullptr;    // [M, top_k], none negative
+  const float* weights = nullptr;  // [M, top_k]
 };
 
 // Runs body(context, i) for every i in [0, threads), possibly in parallel, possibly one after the other: a
@@ -73,8 +95,15 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 208 KiB a thread, whatever M is.
+// where that is more) and 270 KiB a thread, whatever M is.
 size_t ScratchBytes(const Problem& problem, int64_t threads);
+
+// Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.
+// Scratch beyond RunFfn's: at most 256 MiB (or one token's share, where that is more) of float32 results,
+// since tokens are taken in as many chunks as that needs, and 40 bytes for each assignment of a chunk.
+void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& parallel,
+            const char* isa = nullptr);
+size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads);
 
 // Names of the instruction sets compiled in, best first, ending with "generic".
 const char* const* CompiledIsas(size_t* count);

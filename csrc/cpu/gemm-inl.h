@@ -1,42 +1,98 @@
 // SPDX-License-Identifier: Apache-2.0
-// The multiplication: a tile of sums, float32 or int32, from rows of a and panels of W. One float32 loop
-// serves every mode. Used by ffn-inl.h; built on unpack-inl.h.
+// The multiplication: a tile of sums, float32 or int32, from rows of a and panels of W. Few rows read the
+// panels as they are stored and turn them into float32 on the way; more rows have them expanded first. Used
+// by ffn-inl.h; built on packed-inl.h.
 //
 // What makes a row's bits independent of everything else: each sum is one chain of fused multiply-adds over
 // ascending k, begun at the tile and put back into it, whatever the tile's rows, the block of k, or the
-// columns of the task are.
+// columns of the task are. For antiquant weights there is such a chain for each group within kKBlock rows.
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/unpack-inl.h"
+#include "cpu/packed-inl.h"
 #include "cpu/vec-inl.h"
 
 namespace ffn::cpu {
 namespace {
 
-// kRows x kPanelColumns sums += kRows rows of a (kKBlock apart) times one panel. int8 products are exact in
-// float32 for `depth` <= kKBlock (see kernels.h); with kInt they are added to an int32 tile, wrapping around.
-template <int kRows, bool kInt>
-void MultiplyTile(const float* a, const float* panel, int64_t depth, float* tile, int64_t tile_stride) {
-  F32 sum[kRows][kPanelVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      sum[r][v] = kInt ? F32{} : Load<F32>(tile + r * tile_stride + v * kLanes);
-    }
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    F32 w[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) w[v] = Load<F32>(panel + k * kPanelColumns + v * kLanes);
+// What happens to the products x W of a range of k.
+enum class Sums {
+  kFloat,   // they continue the tile's chains
+  kInt,     // exact in float32 for up to kKBlock rows (kernels.h); added to an int32 tile, wrapping around
+  kScaled,  // tile += scale * (sum of x w + offset * sum of x)
+  kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
+};
+
+// A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
+struct Range {
+  const float* a;  // row 0 of the rows, at the block's first k; rows are kKBlock apart
+  Panels panels;   // at the block's first k
+  int64_t begin, end;
+  // Antiquant only: of the range's group, by column, and the sum of a over the range, by row.
+  const float* offset;
+  const float* scale;
+  const float* sums;
+  float* tile;
+  int64_t tile_stride;
+};
+
+// kRows rows times kVectors * kLanes columns from `column`.
+template <typename T, Sums kSums, int kRows, int kVectors>
+void MultiplyTile(const Range& range, int64_t column) {
+  using Layout = Panel<T>;
+  using Vector = typename Layout::Vector;
+  constexpr int kGroup = Layout::kGroup;
+  float* const tile = range.tile + column;
+  const char* panels[kVectors];
+  F32 sum[kRows][kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    panels[v] = range.panels.At<T>(range.begin / kGroup * kGroup, column + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const F32 x = Set(a[r * kKBlock + k]);
-      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = Fma(x, w[v], sum[r][v]);
+      constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
+      sum[r][v] = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
     }
   }
+
+  // Rows [first, last) of the group that begins with row k.
+  const auto step = [&](int64_t k, int first, int last) __attribute__((always_inline)) {
+    Vector w[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = Load<Vector>(panels[v]);
+      __builtin_prefetch(panels[v] + kPrefetchBytes);
+      panels[v] += kGroupBytes<T>;
+    }
+    Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
+      if (i < first || i >= last) return;
+      F32 x[kRows];
+      for (int r = 0; r < kRows; ++r) x[r] = Set(range.a[r * kKBlock + k + i]);
+      for (int v = 0; v < kVectors; ++v) {
+        F32 element = Layout::template Element<i>(w[v]);
+        if constexpr (kSums == Sums::kExact) {
+          const int64_t n = column + v * kLanes;
+          element = (element + Load<F32>(range.offset + n)) * Load<F32>(range.scale + n);
+        }
+        for (int r = 0; r < kRows; ++r) sum[r][v] = Fma(x[r], element, sum[r][v]);
+      }
+    });
+  };
+  int64_t k = range.begin / kGroup * kGroup;
+  if (k < range.begin) {
+    const int64_t left = range.end - k;
+    step(k, static_cast<int>(range.begin - k), static_cast<int>(left < kGroup ? left : kGroup));
+    k += kGroup;
+  }
+  for (; k + kGroup <= range.end; k += kGroup) step(k, 0, kGroup);
+  if (k < range.end) step(k, 0, static_cast<int>(range.end - k));
+
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      float* to = tile + r * tile_stride + v * kLanes;
-      if constexpr (kInt) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = tile + r * range.tile_stride + v * kLanes;
+      const int64_t n = column + v * kLanes;
+      if constexpr (kSums == Sums::kInt) {
         Store(to, Load<U32>(to) + (U32) __builtin_convertvector(sum[r][v], I32));
+      } else if constexpr (kSums == Sums::kScaled) {
+        const F32 both = Fma(Set(range.sums[r]), Load<F32>(range.offset + n), sum[r][v]);
+        Store(to, Fma(both, Load<F32>(range.scale + n), Load<F32>(to)));
       } else {
         Store(to, sum[r][v]);
       }
@@ -44,13 +100,51 @@ void MultiplyTile(const float* a, const float* panel, int64_t depth, float* tile
   }
 }
 
-using MultiplyTileFunction = void (*)(const float*, const float*, int64_t, float*, int64_t);
-// By the rows of the tile, and whether its sums are int32.
-constexpr MultiplyTileFunction kMultiplyTile[2][kTileRows] = {
-    {MultiplyTile<1, false>, MultiplyTile<2, false>, MultiplyTile<3, false>, MultiplyTile<4, false>,
-     MultiplyTile<5, false>, MultiplyTile<6, false>},
-    {MultiplyTile<1, true>, MultiplyTile<2, true>, MultiplyTile<3, true>, MultiplyTile<4, true>,
-     MultiplyTile<5, true>, MultiplyTile<6, true>}};
+// Sums of a tile fill the registers, so more rows have fewer columns. A row alone has too few sums to hide
+// the latency of an addition with less than four vectors.
+template <int kRows>
+constexpr int kWide = kRegisters == 32 ? (kRows <= 2   ? 8
+                                          : kRows <= 4 ? 4
+                                                       : 2)
+                                       : (kRows <= 2 ? 4 : 2);
+constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
+
+template <typename T, Sums kSums, int kRows>
+void MultiplyColumns(const Range& range, int64_t columns) {
+  constexpr int64_t kStep = kWide<kRows> * kLanes;
+  int64_t n = 0;
+  for (; n + kStep <= columns; n += kStep) MultiplyTile<T, kSums, kRows, kWide<kRows>>(range, n);
+  if constexpr (kWide<kRows> > 2) {
+    for (; n < columns; n += 2 * kLanes) MultiplyTile<T, kSums, kRows, 2>(range, n);
+  }
+}
+
+// `rows` rows times `columns` columns, which are rounded up to whole panels.
+template <typename T, Sums kSums, int kMost>
+void MultiplyRange(Range range, int64_t rows, int64_t columns) {
+  columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
+  for (; rows > 0; rows -= kMost) {
+    Unrolled<kMost>([&](auto i) {
+      constexpr int kRows = i + 1;
+      if (rows == kRows || (kRows == kMost && rows > kRows)) MultiplyColumns<T, kSums, kRows>(range, columns);
+    });
+    range.a += kMost * kKBlock;
+    range.sums += kMost;
+    range.tile += kMost * range.tile_stride;
+  }
+}
+
+// The sum of `count` floats, in an order that `count` alone decides.
+inline float SumOf(const float* a, int64_t count) {
+  F32 sum = {};
+  for (int64_t k = 0; k < count; k += kLanes) sum = sum + LoadFloats(a + k, count - k);
+  float lanes[kLanes];
+  Store(lanes, sum);
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
 
 // Between the rows of a task's tile. A power of two times kMinColumns.
 inline int64_t TileStride(int64_t columns) {
@@ -59,29 +153,119 @@ inline int64_t TileStride(int64_t columns) {
   return stride;
 }
 
-// tile[segment.rows][TileStride(columns)] = the segment's rows of product.a times columns [column, column +
-// columns) of W.
-inline void Multiply(const Wave& wave, const Product& product, const Segment& segment, int64_t column,
-                     int64_t columns, float* tile, TaskScratch* scratch) {
-  const int64_t tile_stride = TileStride(columns);
-  const bool quant = wave.steps.quant;
-  // -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it must be 0.
-  const F32 zero = quant ? F32{} : Set(-0.0f);
-  for (int64_t i = 0; i < segment.rows * tile_stride; i += kLanes) Store(tile + i, zero);
+// The columns of a task in one product: those of W from `column`, a multiple of kPackedColumns for packed
+// weights.
+struct Columns {
+  int64_t column, columns;
+};
 
-  const int64_t depth = kPanelSize / tile_stride;  // divides kKBlock
-  for (int64_t k = 0; k < product.K; k += depth) {
-    const int64_t rows = product.K - k < depth ? product.K - k : depth;
-    UnpackBlock(*wave.problem, product, {segment.expert, k, rows, column, columns}, scratch);
-    const float* a = product.a + (k / kKBlock * wave.rows + segment.row) * kKBlock + k % kKBlock;
-    for (int64_t n = 0; n < columns; n += kPanelColumns) {
-      for (int64_t r = 0; r < segment.rows; r += kTileRows) {
-        const int64_t count = segment.rows - r < kTileRows ? segment.rows - r : kTileRows;
-        kMultiplyTile[quant][count - 1](a + r * kKBlock, scratch->panel + n * rows, rows,
-                                        tile + r * tile_stride + n, tile_stride);
+// Offsets and scales of the group of rows that k belongs to; returns the group's last row + 1.
+inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t expert, int64_t k,
+                         const Columns& columns, TaskScratch* scratch) {
+  const Channels& channels = *product.channels;
+  if (channels.antiquant_scale == nullptr) return product.K;
+  const int64_t rows = product.K / channels.G;
+  const int64_t index = (expert * channels.G + k / rows) * product.N + columns.column;
+  const DType dtype = wave.problem->x_dtype;
+  LoadRow(dtype, channels.antiquant_offset, index, columns.columns, scratch->antiquant_offset);
+  LoadRow(dtype, channels.antiquant_scale, index, columns.columns, scratch->antiquant_scale);
+  return (k / rows + 1) * rows;
+}
+
+// tile[rows][TileStride(columns)] += rows [row, row + rows) of the segment times the columns.
+template <typename T, Sums kSums>
+void MultiplyRows(const Wave& wave, const Product& product, const Segment& segment, int64_t row, int64_t rows,
+                  const Columns& columns, float* tile, TaskScratch* scratch) {
+  constexpr bool kExpands = !std::is_same_v<T, float>;
+  const Weight& weight = *product.weight;
+  const int64_t stride = TileStride(columns.columns);
+  const bool expanded = kExpands && rows > kFewRows;
+  // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
+  // any case (TaskColumns in ffn.cc), since a chain ends with the block.
+  const int64_t depth = weight.packed && !expanded ? kKBlock : kPanelSize / stride;
+  Range range = {};
+  range.offset = scratch->antiquant_offset;
+  range.scale = scratch->antiquant_scale;
+  range.sums = scratch->sums;
+  range.tile = tile;
+  range.tile_stride = stride;
+  int64_t group_end = 0;
+  for (int64_t block = 0; block < product.K; block += depth) {
+    const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
+    range.a = product.a + (block / kKBlock * wave.rows + segment.row + row) * kKBlock + block % kKBlock;
+    if (weight.packed) {
+      const char* const expert =
+          static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
+      const Panels whole = {expert, weight.panel_bytes};
+      range.panels = {whole.At<T>(block, columns.column), weight.panel_bytes};
+    } else {
+      range.panels = {reinterpret_cast<const char*>(scratch->packed),
+                      depth / Panel<T>::kGroup * kGroupBytes<T>};
+      const Block part = {segment.expert, block, block_rows, columns.column, columns.columns};
+      PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), range.panels);
+    }
+    if (expanded) {
+      Expand<T>(range.panels, block_rows, columns.columns, scratch->panel);
+      const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
+      range.panels = {reinterpret_cast<const char*>(scratch->panel),
+                      groups * Panel<T>::kGroup * kGroupBytes<float>};
+    }
+    for (range.begin = 0; range.begin < block_rows; range.begin = range.end) {
+      if (block + range.begin >= group_end) {
+        group_end = LoadGroup(wave, product, segment.expert, block + range.begin, columns, scratch);
+      }
+      range.end = group_end - block < block_rows ? group_end - block : block_rows;
+      for (int64_t r = 0; kSums == Sums::kScaled && r < rows; ++r) {
+        scratch->sums[r] = SumOf(range.a + r * kKBlock + range.begin, range.end - range.begin);
+      }
+      if constexpr (kSums == Sums::kExact) {
+        MultiplyRange<T, kSums, 1>(range, rows, columns.columns);
+      } else if (expanded || !kExpands) {
+        MultiplyRange<float, kSums, kManyRows>(range, rows, columns.columns);
+      } else {
+        MultiplyRange<T, kSums, kFewRows>(range, rows, columns.columns);
       }
     }
   }
+}
+
+// Whether a row of sums has an infinity or a NaN.
+inline bool Overflowed(const float* sums, int64_t columns) {
+  U32 any = {};
+  for (int64_t n = 0; n < columns; n += kLanes) {
+    any = any | (U32)((Load<U32>(sums + n) & kInfBits) == kInfBits);
+  }
+  uint32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= any[lane];
+  return found != 0;
+}
+
+// tile[segment.rows][TileStride(columns)] = the segment's rows of product.a times the columns of W.
+inline void Multiply(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
+                     float* tile, TaskScratch* scratch) {
+  const int64_t stride = TileStride(columns.columns);
+  const bool quant = wave.steps.quant, antiquant = product.channels->antiquant_scale != nullptr;
+  // -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it must be 0.
+  const F32 zero = quant ? F32{} : Set(-0.0f);
+  for (int64_t i = 0; i < segment.rows * stride; i += kLanes) Store(tile + i, zero);
+  WithWeightType(wave.problem->weight_dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
+    if constexpr (!kInteger) {
+      MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+    } else if (!antiquant) {
+      MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+    } else {
+      MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      // Scaling after the sum overflows where a single product need not, and makes NaN of an infinite x.
+      for (int64_t r = 0; r < segment.rows; ++r) {
+        float* const row = tile + r * stride;
+        if (!Overflowed(row, columns.columns)) continue;
+        for (int64_t n = 0; n < columns.columns; n += kLanes) Store(row + n, zero);
+        MultiplyRows<T, Sums::kExact>(wave, product, segment, r, 1, columns, row, scratch);
+      }
+    }
+  });
 }
 
 }  // namespace

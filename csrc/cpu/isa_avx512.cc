@@ -5,6 +5,6 @@
 namespace ffn::cpu {
 
 static_assert(kLanes == 16, "isa_avx512.cc is compiled without -mavx512f -mavx512bw -mavx512vl -mavx512dq");
-const Kernels kAvx512Kernels = {"avx512", LoadRows, FirstProduct, SecondProduct};
+const Kernels kAvx512Kernels = {"avx512", LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
 
 }  // namespace ffn::cpu

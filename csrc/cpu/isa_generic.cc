@@ -4,6 +4,6 @@
 
 namespace ffn::cpu {
 
-const Kernels kGenericKernels = {"generic", LoadRows, FirstProduct, SecondProduct};
+const Kernels kGenericKernels = {"generic", LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
 
 }  // namespace ffn::cpu

@@ -28,6 +28,10 @@ constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxColumns = 512;
 constexpr int64_t kTileSize = kMaxRows * kMinColumns;
 constexpr int64_t kPanelSize = kKBlock * kMinColumns;
+// Up to so many rows multiply weights as they are stored; for more, panels are expanded to float32 first.
+constexpr int64_t kFewRows = 4;
+// How far ahead weights are asked for: 1 KB was measured best on a machine whose memory takes 100 ns.
+constexpr int64_t kPrefetchBytes = 1024;
 
 // How a float32 is rounded to a narrower format; "HalfAway" rounds ties away from zero, the others to even.
 enum class Rounding : uint8_t { kNone, kFp16, kFp16HalfAway, kBf16, kBf16HalfAway };
@@ -64,16 +68,33 @@ struct Segment {
   int64_t expert, row, rows;
 };
 
+// Part of a weight.
+struct Block {
+  int64_t expert, k, rows, column, columns;
+};
+
 // One worker's scratch. Where a task has fewer columns than an array holds, it is a prefix that is used.
 struct alignas(64) TaskScratch {
   float tile[2]
             [kTileSize];  // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
-  float panel[kPanelSize];     // W as float32, [columns / panel width][k][panel width]
+  float packed[kPanelSize];    // panels of a plain weight, packed for this task
+  float panel[kPanelSize];     // panels as float32
   float bias[2][kMaxColumns];  // float32 or int32
-  float deq_scale[kMaxColumns];
+  float deq_scale[2][kMaxColumns];
   float scale[kMaxColumns];
   float antiquant_offset[kMaxColumns];
   float antiquant_scale[kMaxColumns];
+  float sums[kMaxRows];  // of the left operand, by row
+};
+
+// Tokens whose experts' results are summed: slot s of token t is row t * top_k + s of `results`, and counts
+// when `present` says so.
+struct Combination {
+  const float* results;  // [tokens * top_k, N]
+  const uint8_t* present;
+  int64_t top_k, N;
+  DType y_dtype;
+  void* y;  // [tokens, N]
 };
 
 // The entry points of one instruction set. A task covers columns [column, column + columns) of one segment.
@@ -84,10 +105,17 @@ struct Kernels {
                         TaskScratch* scratch);
   void (*second_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
                          TaskScratch* scratch);
+  // Packs a block of a plain weight [.., K, ..] of `dtype` into panels from `to`.
+  void (*pack)(const Weight& from, DType dtype, int64_t K, const Block& block, int64_t panel_bytes, char* to);
+  void (*combine)(const Combination& combination, int64_t token, int64_t tokens);
 };
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
 extern const Kernels kAvx512Kernels;
+
+// Those named `isa`, or the selected ones for null. Throws std::runtime_error for what cannot run here
+// (isa.cc).
+const Kernels& KernelsOf(const char* isa);
 
 }  // namespace ffn::cpu

@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 namespace ffn::cpu {
-namespace {
 
 DType FromContract(contract::DType dtype) {
   switch (dtype) {
@@ -27,6 +26,23 @@ DType FromContract(contract::DType dtype) {
       return DType::kUInt64;
     default:
       throw std::logic_error("a mode of the contract has a dtype that the CPU kernels lack");
+  }
+}
+
+namespace {
+
+contract::DType ToContract(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return contract::DType::kFloat32;
+    case DType::kFloat16:
+      return contract::DType::kFloat16;
+    case DType::kBFloat16:
+      return contract::DType::kBfloat16;
+    case DType::kInt8:
+      return contract::DType::kInt8;
+    default:
+      return contract::DType::kInt4;
   }
 }
 
@@ -56,6 +72,12 @@ Problem ProblemOf(const contract::Call& call, const contract::Plan& plan) {
     problem.channels2.G = facts[contract::kG2Fact];
   }
   return problem;
+}
+
+contract::Spec SpecOf(const PackedHeader& header) {
+  contract::Spec spec = {true, ToContract(header.dtype), {header.K, header.N}};
+  if (header.E > 0) spec.shape.insert(spec.shape.begin(), header.E);
+  return spec;
 }
 
 }  // namespace ffn::cpu

@@ -24,25 +24,28 @@ namespace {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FFN_AVX512 1
 constexpr int kLanes = 16;
-constexpr int kPanelVectors = 4;
+constexpr int kRegisters = 32;
 // GCC 12 warns of an uninitialised variable inside the unmasked intrinsics, so those with a mask are used.
 constexpr __mmask16 kAllLanes = 0xffff;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define FFN_AVX2 1
 constexpr int kLanes = 8;
-constexpr int kPanelVectors = 2;
+constexpr int kRegisters = 16;
 #else
 constexpr int kLanes = 4;
-constexpr int kPanelVectors = 2;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
-constexpr int kTileRows = 6;
-constexpr int kPanelColumns = kPanelVectors * kLanes;
+#endif
 
 using F32 = float __attribute__((vector_size(4 * kLanes)));
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
 using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 using I8 = int8_t __attribute__((vector_size(kLanes)));
+using U8 = uint8_t __attribute__((vector_size(kLanes)));
 
 // Elements of the narrow formats in memory.
 struct Half {
@@ -54,8 +57,20 @@ struct BFloat {
 struct Int4Pair {
   uint8_t bits;  // the first element in the low nibble
 };
+// A stored weight has this many elements in an item.
 template <typename T>
 constexpr int kPerItem = std::is_same_v<T, Int4Pair> ? 2 : 1;
+
+// Calls use(i) for each i in [0, kCount), a constant to the compiler.
+template <int... kIndex, typename Use>
+inline __attribute__((always_inline)) void ForEachIndex(std::integer_sequence<int, kIndex...>,
+                                                        const Use& use) {
+  (use(std::integral_constant<int, kIndex>()), ...);
+}
+template <int kCount, typename Use>
+inline __attribute__((always_inline)) void Unrolled(const Use& use) {
+  ForEachIndex(std::make_integer_sequence<int, kCount>(), use);
+}
 
 template <typename V>
 inline V Load(const void* p) {
@@ -188,8 +203,9 @@ inline F32 LoadFloats(const int8_t* p) {
   return IntToFloat(__builtin_convertvector(Load<I8>(p), I32));
 #endif
 }
-inline F32 LoadFloats(const Int4Pair* p) {
-  // Each lane gets the word with its nibble, moves the nibble to the top and back with its sign.
+// kLanes int4 elements, each in the low bits of its lane.
+inline U32 LoadNibbles(const Int4Pair* p) {
+  // Each lane gets the word with its nibble, moves the nibble to the top and down again.
 #if defined(FFN_AVX512)
   const U32 low = SetBits(Load<uint32_t>(p));
   const U32 high = SetBits(Load<uint32_t>(p + 4));
@@ -203,16 +219,50 @@ inline F32 LoadFloats(const Int4Pair* p) {
   const U32 word = SetBits(Load<uint16_t>(p));
   const U32 left = {28, 24, 20, 16};
 #endif
-  return IntToFloat((I32)(word << left) >> 28);
+  return word << left >> 28;
+}
+
+// The int4 in bits [kShift, kShift + 4) of each lane.
+template <int kShift>
+inline F32 SignedNibble(U32 word) {
+#if defined(FFN_AVX512)
+  // A permutation looks at the four lowest bits of an index, so it is a table.
+  const F32 table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  return (F32)_mm512_maskz_permutexvar_ps(kAllLanes, (__m512i)(word >> kShift), (__m512)table);
+#else
+  return IntToFloat((I32)(word << (28 - kShift)) >> 28);
+#endif
 }
 
 // The first `count` of kLanes elements, then zeros; count <= 0 reads nothing.
 template <typename T>
 inline F32 LoadFloats(const T* p, int64_t count) {
   if (count >= kLanes) return LoadFloats(p);
-  T buffer[kLanes / kPerItem<T>] = {};
-  if (count > 0) __builtin_memcpy(buffer, p, static_cast<size_t>(count) / kPerItem<T> * sizeof(T));
+  T buffer[kLanes] = {};
+  if (count > 0) __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
   return LoadFloats(buffer);
+}
+
+// Elements [index, index + count) of a stored array. Writes zeros up to the next multiple of kLanes.
+template <typename T>
+inline void LoadRow(const void* data, int64_t index, int64_t count, float* row) {
+  const T* from = static_cast<const T*>(data) + index;
+  for (int64_t j = 0; j < count; j += kLanes) Store(row + j, LoadFloats(from + j, count - j));
+}
+
+inline void LoadRow(DType dtype, const void* data, int64_t index, int64_t count, float* row) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return LoadRow<float>(data, index, count, row);
+    case DType::kFloat16:
+      return LoadRow<Half>(data, index, count, row);
+    case DType::kBFloat16:
+      return LoadRow<BFloat>(data, index, count, row);
+    case DType::kInt8:
+      return LoadRow<int8_t>(data, index, count, row);
+    default:
+      __builtin_unreachable();
+  }
 }
 
 // Narrows to T. bf16 expects a value already rounded to it; fp16 rounds ties to even.

@@ -10,8 +10,12 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/problem.h"
+
 namespace ffn::op {
 namespace {
+
+using contract::Operand;
 
 constexpr int kFromEnvironment = -1;
 thread_local int thread_target = kFromEnvironment;
@@ -61,7 +65,11 @@ contract::Spec DescribeTensor(const Tensor& tensor) {
   return {true, FromTorch(tensor.scalar_type()), std::vector<int64_t>(sizes.begin(), sizes.end())};
 }
 
-void UnpackInt4(contract::Spec& weight) {
+void DescribeWeight(const char* name, const Tensor& tensor, contract::Spec& weight) {
+  if (const std::optional<cpu::PackedHeader> header = PackedHeaderOf(name, tensor)) {
+    weight = cpu::SpecOf(*header);
+    return;
+  }
   const int64_t values = weight.dtype == contract::DType::kInt32   ? 8
                          : weight.dtype == contract::DType::kUint8 ? 2
                                                                    : 0;
@@ -106,13 +114,35 @@ std::string Join(const char* const* names, int count) {
 
 }  // namespace
 
+std::optional<cpu::PackedHeader> PackedHeaderOf(const char* name, const Tensor& tensor) {
+  if (tensor.dim() != 1 || tensor.scalar_type() != ScalarType::Byte) return std::nullopt;
+  if (tensor.device().type() != torch::headeronly::DeviceType::CPU) {
+    throw std::runtime_error(
+        std::string(name) +
+        " is a row of uint8, as prepacked weights are, but those are for the CPU's kernels "
+        "(unpack it there with ffn_ops.unpack, and move the weight)");
+  }
+  if (tensor.numel() > 1 && tensor.stride(0) != 1) {
+    throw std::runtime_error(
+        std::string(name) +
+        " is a row of uint8 with gaps, but a prepacked weight is dense (use .contiguous())");
+  }
+  cpu::PackedHeader header;
+  const std::string broken = cpu::ReadHeader(name, tensor.const_data_ptr(), tensor.numel(), &header);
+  if (!broken.empty()) throw std::runtime_error(broken);
+  return header;
+}
+
 contract::Call Describe(const Arguments& arguments) {
   contract::Call call;
   for (int i = 0; i <= contract::kOutOperand; ++i) {
     if (arguments.operands[i]) call.operands[i] = DescribeTensor(*arguments.operands[i]);
   }
-  UnpackInt4(call.operands[contract::kWeight1Operand]);
-  UnpackInt4(call.operands[contract::kWeight2Operand]);
+  for (const Operand name : {contract::kWeight1Operand, contract::kWeight2Operand}) {
+    if (arguments.operands[name]) {
+      DescribeWeight(contract::kOperandNames[name], *arguments.operands[name], call.operands[name]);
+    }
+  }
   if (arguments.output_dtype) {
     call.operands[contract::kOutputDtypeOperand] = {true, FromTorch(*arguments.output_dtype), {}};
   }

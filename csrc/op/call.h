@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One call of torch.ops.ffn.ffn: its arguments, what the contract sees of them, and the current target.
-// library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
+// One call of torch.ops.ffn.ffn or ffn.moe: its arguments, what the contract sees of them, and the current
+// target. library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,14 +11,15 @@
 #include <string>
 
 #include "contract/contract.h"
+#include "cpu/packed.h"
 
 namespace ffn::op {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Tensors stand at their position in the contract's OPERANDS, which is the schema's order; kOutOperand is
-// last.
+// Tensors stand at their position in the contract's OPERANDS, which is the order of ffn.ffn's schema;
+// kOutOperand is last.
 struct Arguments {
   std::optional<Tensor> operands[contract::kOutOperand + 1];
   std::string activation;
@@ -29,8 +30,12 @@ struct Arguments {
   const Tensor& operand(contract::Operand name) const { return *operands[name]; }
 };
 
+// The header of a prepacked weight: a row of uint8 on the CPU, which nothing else that is legal looks like.
+// Throws std::runtime_error when it is none that this version reads, in the name of the operand `name`.
+std::optional<cpu::PackedHeader> PackedHeaderOf(const char* name, const Tensor& tensor);
+
 // What the contract sees. Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4, and
-// their last size counts int4 elements.
+// their last size counts int4 elements. Prepacked weights are what they were packed from.
 contract::Call Describe(const Arguments& arguments);
 
 // The bytes from a tensor's first element to the end of its last; none for an empty tensor.
@@ -63,5 +68,20 @@ contract::Target CurrentTarget();
 // and return it or a new y.
 Tensor FfnCpu(const Arguments& arguments);
 Tensor FfnNpu(const Arguments& arguments);
+
+// How a plain weight [K, N] or [E, K, N] lies in memory, when its rows or its columns are dense.
+std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype);
+
+// torch's threads.
+cpu::ParallelFor TorchThreads();
+
+// torch.ops.ffn.moe on the CPU, which always has topk_ids and topk_weights.
+Tensor MoeCpu(const Arguments& arguments);
+
+// What ffn_ops.prepack and unpack are made of. NewBlock has the header and room for weights like `weight` of
+// E experts (0: dense), PackExpert packs one of them, Unpack gives all back.
+Tensor NewBlock(Tensor weight, int64_t E);
+void PackExpert(Tensor block, Tensor weight, int64_t expert);
+Tensor Unpack(Tensor block);
 
 }  // namespace ffn::op

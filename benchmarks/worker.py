@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that measures the cells of one shape in one mode. run.py starts it, and outlives it.
+
+It reads a job in JSON from its standard input and writes a line of JSON for each cell. Before it enters a
+peer's code it writes that peer's name into the job's diary, a file, so that its parent knows where it was
+when it died: a line on the pipe would wake the parent in the middle of a sample.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import machine, measure
+from benchmarks.cases import Case, Shape, Weights
+from benchmarks.check import Answer, Verdict
+from benchmarks.peers import Call, Peer, load
+
+DIARY_BYTES = 100
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Ready(NamedTuple):
+    """A peer that has given a right answer."""
+
+    call: Call
+    verdict: Verdict
+    make_seconds: float
+
+
+def main() -> None:
+    # Not to outlive the parent, whatever ends that.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Libraries print on standard output: from here on that is the parent's error stream.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    peers = [load(name) for name in job["peers"]]
+    shape = Shape(*(tuple(value) if isinstance(value, list) else value for value in job["shape"]))
+    if job["emulated"] is not None:
+        from ffn_ops.emulator import enable
+
+        enable(*job["emulated"])
+    diary = os.open(job["diary"], os.O_WRONLY)
+
+    def enter(name: str) -> None:
+        os.pwrite(diary, name.encode().ljust(DIARY_BYTES), 0)
+
+    with torch.inference_mode():
+        weights = Weights(shape, job["mode"])
+        for cell in job["cells"]:
+            case = Case(weights, cell["M"], cell["start"], cell["routing"])
+            results = measure_cell(case, peers, job["seconds"], enter)
+            lines.write(json.dumps({"facts": facts(case), "results": results}) + "\n")
+
+
+def facts(case: Case) -> dict[str, Any]:
+    return {
+        "operations": case.operations,
+        "bytes": case.bytes,
+        "histogram": case.histogram,
+        "evicted_bytes": measure.evict_bytes() if case.start == "cold" else 0,
+    }
+
+
+def measure_cell(
+    case: Case, peers: list[Peer], seconds: float, enter: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """By peer: its figure, or why it has none. `enter` is told whose code is about to run."""
+    answer = Answer(case)
+    results: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Ready] = {}
+    for peer in peers:
+        enter(peer.name)
+        refusal = peer.refuses(case)
+        if refusal is not None:
+            results[peer.name] = {"status": "refused", "reason": refusal}
+            continue
+        size, free = case.shape.weight_bytes(case.mode_name), machine.free_bytes()
+        if 1.5 * size > free:  # its copy of the weights, and what it needs to make that
+            reason = f"a copy of {size / 1e9:.1f} GB of weights leaves too little of {free / 1e9:.1f} GB free"
+            results[peer.name] = {"status": "skipped", "reason": reason}
+            continue
+        try:
+            begin = time.perf_counter()
+            call = peer.make(case)
+            made = case.weights.pack_seconds.get(peer.name, time.perf_counter() - begin)
+            verdict = answer.judge(call(), peer.quantizes_rows)
+        except Exception as error:  # a peer's own words, whatever they are
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            results[peer.name] = {"status": "refused", "reason": reason}
+            continue
+        if verdict.reason is not None:
+            results[peer.name] = {"status": "wrong", "reason": verdict.reason, "error": verdict.error}
+            continue
+        call()  # warm-up: the first call was the checked one
+        ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0)
+    figures = measure.interleaved({name: one.call for name, one in ready.items()}, case.start, seconds, enter)
+    devices = {peer.name: peer.device for peer in peers}
+    for name, one in ready.items():
+        figure = figures[name]
+        result: dict[str, Any] = {
+            "status": "timed" if figure.seconds is not None else "noisy",
+            "device": devices[name],
+            "seconds": figure.seconds,
+            "quartiles": figure.quartiles,
+            "clean": figure.clean,
+            "dropped": figure.dropped,
+            "error": one.verdict.error,
+            "bound_share": one.verdict.share,
+            "pack_seconds": one.make_seconds or None,
+            "huge_share": machine.huge_share(),
+        }
+        if figure.seconds is None:
+            result["reason"] = f"fewer than {measure.CLEAN} samples without context switches"
+        results[name] = result
+    return results
+
+
+if __name__ == "__main__":
+    main()

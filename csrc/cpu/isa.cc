@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses among the instruction sets that are compiled in (kernels.h). Compiled for the baseline.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace ffn::cpu {
+namespace {
+
+constexpr const Kernels* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512Kernels,
+    &kAvx2Kernels,
+#endif
+    &kGenericKernels,
+};
+
+bool Supported(const Kernels& kernels) {
+#if defined(__x86_64__)
+  // These ask the operating system too (XCR0). F16C is not among the names every compiler knows; it has no
+  // state.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&kernels == &kAvx2Kernels) return avx2;
+  if (&kernels == &kAvx512Kernels) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return &kernels == &kGenericKernels;
+}
+
+const Kernels* Named(const char* name) {
+  for (const Kernels* kernels : kKernels) {
+    if (std::strcmp(kernels->name, name) == 0) return kernels;
+  }
+  return nullptr;
+}
+
+// `who` is what asked for it, and opens the error.
+const Kernels& Require(const std::string& who, const char* name, const char* fix) {
+  const Kernels* named = Named(name);
+  if (named != nullptr && Supported(*named)) return *named;
+  std::string names;
+  for (const Kernels* kernels : kKernels) {
+    if (named == nullptr || Supported(*kernels))
+      names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::runtime_error(who + " is " + name + ", but this " +
+                           (named == nullptr ? "build has " : "machine can run ") + names + " (" + fix + ")");
+}
+
+const Kernels& Selected() {
+  static const Kernels& selected = []() -> const Kernels& {
+    const char* forced = std::getenv("FFN_OPS_ISA");
+    if (forced != nullptr && *forced != '\0')
+      return Require("FFN_OPS_ISA", forced, "unset it, or name one of these");
+    for (const Kernels* kernels : kKernels) {
+      if (Supported(*kernels)) return *kernels;
+    }
+    return kGenericKernels;
+  }();
+  return selected;
+}
+
+}  // namespace
+
+const Kernels& KernelsOf(const char* isa) {
+  return isa == nullptr ? Selected() : Require("isa", isa, "name one of these");
+}
+
+const char* const* CompiledIsas(size_t* count) {
+  static const auto names = [] {
+    std::vector<const char*> names;
+    for (const Kernels* kernels : kKernels) names.push_back(kernels->name);
+    return names;
+  }();
+  *count = names.size();
+  return names.data();
+}
+
+bool IsaSupported(const char* name) {
+  const Kernels* kernels = Named(name);
+  return kernels != nullptr && Supported(*kernels);
+}
+
+const char* SelectedIsa() { return Selected().name; }
+
+}  // namespace ffn::cpu

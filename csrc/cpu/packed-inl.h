@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+// Panels of weights (their layout is in packed.h), vector by vector: Panel<T> reads the layout of one dtype,
+// Packer fills panels from a plain weight, and Expand turns them into float32. Used by gemm-inl.h; built on
+// vec-inl.h.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec-inl.h"
+
+namespace ffn::cpu {
+namespace {
+
+// kGroup rows of kLanes columns are one Vector: a 32-bit word for each column (fp16: 16 bits). Element gives
+// row i of them as float32; Bits gives, from a plain row, what Vector holds of it in its low bits.
+template <typename T>
+struct Panel;
+
+template <>
+struct Panel<float> {
+  static constexpr int kGroup = 1;
+  using Vector = F32;
+  template <int kRow>
+  static inline F32 Element(Vector v) {
+    return v;
+  }
+  static inline U32 RawBits(const float* row) { return Load<U32>(row); }
+};
+
+template <>
+struct Panel<Half> {
+  static constexpr int kGroup = 1;
+  using Vector = U16;
+  template <int kRow>
+  static inline F32 Element(Vector v) {
+    return HalfToFloat(v);
+  }
+  static inline U32 RawBits(const Half* row) { return __builtin_convertvector(Load<U16>(row), U32); }
+};
+
+template <>
+struct Panel<BFloat> {
+  static constexpr int kGroup = 2;
+  using Vector = U32;
+  template <int kRow>
+  static inline F32 Element(Vector v) {
+    return FromBits(kRow == 0 ? v << 16 : v & 0xffff0000);
+  }
+  static inline U32 RawBits(const BFloat* row) { return __builtin_convertvector(Load<U16>(row), U32); }
+};
+
+template <>
+struct Panel<int8_t> {
+  static constexpr int kGroup = 4;
+  using Vector = U32;
+  template <int kRow>
+  static inline F32 Element(Vector v) {
+    return IntToFloat((I32)(v << (24 - 8 * kRow)) >> 24);
+  }
+  static inline U32 RawBits(const int8_t* row) { return __builtin_convertvector(Load<U8>(row), U32); }
+};
+
+template <>
+struct Panel<Int4Pair> {
+  static constexpr int kGroup = 8;
+  using Vector = U32;
+  template <int kRow>
+  static inline F32 Element(Vector v) {
+    return SignedNibble<4 * kRow>(v);
+  }
+  static inline U32 RawBits(const Int4Pair* row) { return LoadNibbles(row); }
+};
+
+template <typename T>
+constexpr int64_t kUnitBytes =
+    static_cast<int64_t>(sizeof(typename Panel<T>::Vector)) / kLanes;  // of a column
+template <typename T>
+constexpr int64_t kGroupBytes = kPackedColumns * kUnitBytes<T>;
+
+// Where the kernels find the panels of a weight: those of the columns of a task, from the task's first.
+struct Panels {
+  const char* data;
+  int64_t bytes;  // from one panel to the next
+
+  // Row k, a multiple of a group, of column `column`.
+  template <typename T>
+  const char* At(int64_t k, int64_t column) const {
+    return data + column / kPackedColumns * bytes + k / Panel<T>::kGroup * kGroupBytes<T> +
+           column % kPackedColumns * kUnitBytes<T>;
+  }
+};
+
+template <typename T>
+inline void StoreUnits(char* to, U32 bits) {
+  if constexpr (kUnitBytes<T> == 2) {
+    Store(to, __builtin_convertvector(bits, U16));
+  } else {
+    Store(to, bits);
+  }
+}
+
+// The bits of the first `count` of kLanes elements of a row, then zeros.
+template <typename T>
+inline U32 LoadBits(const T* row, int64_t count) {
+  if (count >= kLanes) return Panel<T>::RawBits(row);
+  T buffer[kLanes / kPerItem<T>] = {};
+  if (count > 0) __builtin_memcpy(buffer, row, static_cast<size_t>(count) / kPerItem<T> * sizeof(T));
+  return Panel<T>::RawBits(buffer);
+}
+
+// Where a block of a weight lies.
+struct Source {
+  const void* data;  // element (0, 0)
+  int64_t row_stride, col_stride;
+  int64_t rows, columns;
+  int64_t rows_left;  // of the weight from the block's first, for prefetching
+};
+
+// A plain block into panels, of which `rows` rounded up to a group are written, and all columns.
+template <typename T>
+struct Packer {
+  static constexpr int kGroup = Panel<T>::kGroup;
+  static constexpr int kBits = 32 / kGroup;
+  const Source& source;
+  int64_t stride;  // in items, along whichever of both is not dense
+  const Panels panels;
+
+  inline const T* From() const { return static_cast<const T*>(source.data); }
+  inline char* To(int64_t k, int64_t n) const { return const_cast<char*>(panels.template At<T>(k, n)); }
+
+  void Straight() const {
+    // The strip is narrow and its next row a page or more away, where no hardware prefetcher looks: ask for
+    // what is needed this many bytes later (512 to 8192 were measured; a page was best).
+    constexpr int64_t kBytesAhead = 4096;
+    constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T)) * kPerItem<T>;
+    const int64_t ahead =
+        1 + kBytesAhead * kPerItem<T> / (source.columns * static_cast<int64_t>(sizeof(T)));  // rows
+    for (int64_t k = 0; k < source.rows; k += kGroup) {
+      const int64_t rows = source.rows - k < kGroup ? source.rows - k : kGroup;
+      for (int64_t n = 0; n < source.columns; n += kLanes) {
+        const T* const from = From() + k * stride + n / kPerItem<T>;
+        if (n % kLineElements == 0 && k + ahead + kGroup < source.rows_left) {
+          for (int64_t i = 0; i < kGroup; ++i) __builtin_prefetch(from + (ahead + i) * stride);
+        }
+        U32 bits = {};
+        for (int64_t i = 0; i < rows; ++i) {
+          bits = bits | LoadBits(from + i * stride, source.columns - n)
+                            << static_cast<uint32_t>(i * kBits % 32);
+        }
+        StoreUnits<T>(To(k, n), bits);
+      }
+    }
+  }
+
+  // A transposed weight is dense along K, where the elements of a group are neighbours already.
+  void Transposed() const {
+    constexpr int64_t kStep = kLanes * kGroup;
+    for (int64_t n = 0; n < source.columns; n += kLanes) {
+      for (int64_t k = 0; k < source.rows; k += kStep) {
+        F32 square[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          const T* const from = From() + (n + j) * stride + k;
+          square[j] = n + j < source.columns ? Words(from, source.rows - k) : F32{};
+        }
+        Transpose(square);
+        for (int64_t i = 0; i < kLanes && k + i * kGroup < source.rows; ++i) {
+          StoreUnits<T>(To(k + i * kGroup, n), Bits(square[i]));
+        }
+      }
+    }
+  }
+
+  // kLanes groups of a column.
+  static inline F32 Words(const T* from, int64_t count) {
+    if constexpr (kGroup == 1) {
+      return FromBits(LoadBits(from, count));
+    } else {
+      if (count >= kLanes * kGroup) return Load<F32>(from);
+      T buffer[kLanes * kGroup] = {};
+      __builtin_memcpy(buffer, from, static_cast<size_t>(count) * sizeof(T));
+      return Load<F32>(buffer);
+    }
+  }
+
+  void Fill() const {
+    for (int64_t n = (source.columns + kLanes - 1) / kLanes * kLanes; n % kPackedColumns != 0; n += kLanes) {
+      for (int64_t k = 0; k < source.rows; k += kGroup) StoreUnits<T>(To(k, n), U32{});
+    }
+  }
+};
+
+template <typename T>
+inline void PackBlock(const Source& source, const Panels& panels) {
+  const bool straight = source.col_stride == 1;
+  const int64_t stride = straight ? source.row_stride / kPerItem<T> : source.col_stride;
+  const Packer<T> packer = {source, stride, panels};
+  if constexpr (kPerItem<T> == 1) {
+    straight ? packer.Straight() : packer.Transposed();
+  } else {
+    packer.Straight();  // int4 has no other layout
+  }
+  packer.Fill();
+}
+
+// Calls use(T()) with the T of a weight's dtype.
+template <typename Use>
+inline void WithWeightType(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return use(float());
+    case DType::kFloat16:
+      return use(Half());
+    case DType::kBFloat16:
+      return use(BFloat());
+    case DType::kInt8:
+      return use(int8_t());
+    default:
+      return use(Int4Pair());
+  }
+}
+
+inline Source SourceOf(const Weight& weight, DType dtype, int64_t K, const Block& block) {
+  const int64_t index =
+      block.expert * weight.expert_stride + block.k * weight.row_stride + block.column * weight.col_stride;
+  const void* data = nullptr;
+  WithWeightType(dtype, [&](auto t) {
+    data = static_cast<const decltype(t)*>(weight.data) + index / kPerItem<decltype(t)>;
+  });
+  return {data, weight.row_stride, weight.col_stride, block.rows, block.columns, K - block.k};
+}
+
+// The Kernels entry: packs a block of a plain weight into panels, and zeros the rows that fill a panel up.
+void PackColumns(const Weight& from, DType dtype, int64_t K, const Block& block, int64_t panel_bytes,
+                 char* to) {
+  const Panels panels = {to, panel_bytes};
+  const Source source = SourceOf(from, dtype, K, block);
+  WithWeightType(dtype, [&](auto t) {
+    using T = decltype(t);
+    PackBlock<T>(source, panels);
+    const int64_t written = (block.rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup * kGroupBytes<T>;
+    for (int64_t n = 0; n < block.columns; n += kPackedColumns) {
+      __builtin_memset(to + n / kPackedColumns * panel_bytes + written, 0,
+                       static_cast<size_t>(panel_bytes - written));
+    }
+  });
+}
+
+// Rows [0, rows) of columns [0, columns) of panels into panels of float32.
+template <typename T>
+inline void Expand(const Panels& from, int64_t rows, int64_t columns, float* to) {
+  using Layout = Panel<T>;
+  const int64_t groups = (rows + Layout::kGroup - 1) / Layout::kGroup;
+  for (int64_t n = 0; n < columns; n += kPackedColumns) {
+    const char* panel = from.At<T>(0, n);
+    for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes<T>) {
+      __builtin_prefetch(panel + kPrefetchBytes);
+      if constexpr (kGroupBytes<T> > 64) __builtin_prefetch(panel + kPrefetchBytes + 64);
+      for (int64_t c = 0; c < kPackedColumns; c += kLanes) {
+        const auto vector = Load<typename Layout::Vector>(panel + c * kUnitBytes<T>);
+        float* const row = to + (n / kPackedColumns * groups + g) * Layout::kGroup * kPackedColumns + c;
+        Unrolled<Layout::kGroup>(
+            [&](auto i) { Store(row + i * kPackedColumns, Layout::template Element<i>(vector)); });
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ffn::cpu

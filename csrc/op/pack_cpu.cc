@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights as they lie in torch's memory, plain and prepacked, and the operators that ffn_ops/packing.py makes
+// prepack() and unpack() of. The layout is cpu/packed.h's.
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+#include "op/call.h"
+
+namespace ffn::op {
+namespace {
+
+// The dtype of a plain weight, by which int4 comes in bytes or words.
+cpu::DType WeightDType(const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::DType::kFloat32;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    case ScalarType::Char:
+      return cpu::DType::kInt8;
+    case ScalarType::Byte:
+    case ScalarType::Int:
+      return cpu::DType::kInt4;
+    default:
+      throw std::runtime_error(
+          "weight has a dtype that no mode has, but it must be float32, float16, bfloat16, int8, or int4 "
+          "packed in "
+          "uint8 or int32 (convert or quantize it)");
+  }
+}
+
+ScalarType TorchDType(cpu::DType dtype) {
+  switch (dtype) {
+    case cpu::DType::kFloat32:
+      return ScalarType::Float;
+    case cpu::DType::kFloat16:
+      return ScalarType::Half;
+    case cpu::DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case cpu::DType::kInt8:
+      return ScalarType::Char;
+    default:
+      return ScalarType::Byte;
+  }
+}
+
+// The last size of a plain weight in elements; int4 has several in an item.
+int64_t Columns(const Tensor& weight) {
+  const int64_t items = weight.size(weight.dim() - 1);
+  return weight.scalar_type() == ScalarType::Byte  ? 2 * items
+         : weight.scalar_type() == ScalarType::Int ? 8 * items
+                                                   : items;
+}
+
+cpu::PackedHeader BlockHeader(const Tensor& block) {
+  const std::optional<cpu::PackedHeader> header = PackedHeaderOf("block", block);
+  if (!header)
+    throw std::runtime_error("block is no packed weight, but it must be one (make it with prepack)");
+  return *header;
+}
+
+void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+}  // namespace
+
+cpu::ParallelFor TorchThreads() { return {torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads}; }
+
+std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype) {
+  const int64_t rank = tensor.dim();
+  const int64_t row_stride = tensor.stride(rank - 2), col_stride = tensor.stride(rank - 1);
+  if (dtype == cpu::DType::kInt4 || (row_stride != 1 && col_stride != 1)) return std::nullopt;
+  cpu::Weight weight;
+  weight.data = tensor.const_data_ptr();
+  weight.expert_stride = rank == 3 ? tensor.stride(0) : 0;
+  weight.row_stride = row_stride;
+  weight.col_stride = col_stride;
+  return weight;
+}
+
+Tensor NewBlock(Tensor weight, int64_t E) {
+  const cpu::PackedHeader header = cpu::HeaderOf(WeightDType(weight), E, weight.size(0), Columns(weight));
+  const int64_t bytes = cpu::PackedBytes(header);
+  if (bytes < 0) throw std::runtime_error("weight is larger than any memory (check its shape)");
+  Tensor block = Allocate("the packed weight", bytes,
+                          [&] { return torch::stable::new_empty(weight, {bytes}, ScalarType::Byte); });
+  cpu::BeginBlock(header, block.mutable_data_ptr());
+  return block;
+}
+
+void PackExpert(Tensor block, Tensor weight, int64_t expert) {
+  const cpu::PackedHeader header = BlockHeader(block);
+  if (weight.dim() != 2 || WeightDType(weight) != header.dtype || weight.size(0) != header.K ||
+      Columns(weight) != header.N || expert < 0 || expert >= std::max<int64_t>(header.E, 1)) {
+    throw std::runtime_error(
+        "weight of expert " + std::to_string(expert) +
+        " differs from the first one in dtype or shape, but all experts must have the same");
+  }
+  std::optional<cpu::Weight> from = WeightInPlace(weight, header.dtype);
+  Tensor dense = weight;
+  if (!from) {
+    dense = torch::stable::contiguous(weight);
+    from = cpu::Weight{dense.const_data_ptr(), 0, header.N, 1};
+  }
+  cpu::PackExpert(header, *from, expert, TorchThreads(), block.mutable_data_ptr());
+}
+
+Tensor Unpack(Tensor block) {
+  const cpu::PackedHeader header = BlockHeader(block);
+  const int64_t columns = header.dtype == cpu::DType::kInt4 ? header.N / 2 : header.N;
+  std::vector<int64_t> shape = {header.K, columns};
+  if (header.E > 0) shape.insert(shape.begin(), header.E);
+  Tensor weight = Allocate("the weight", header.K * columns,
+                           [&] { return torch::stable::new_empty(block, shape, TorchDType(header.dtype)); });
+  cpu::Unpack(header, block.const_data_ptr(), TorchThreads(), weight.mutable_data_ptr());
+  return weight;
+}
+
+}  // namespace ffn::op

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "python/bind_probe.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/probe.h"
+
+namespace py = pybind11;
+
+namespace ffn {
+namespace {
+
+std::vector<std::string> Names() {
+  size_t count = 0;
+  const char* const* const names = cpu::ComputeProbes(&count);
+  return {names, names + count};
+}
+
+double Compute(const std::string& name, double seconds) {
+  const double rate = [&] {
+    const py::gil_scoped_release released;
+    return cpu::ProbeCompute(name.c_str(), seconds);
+  }();
+  if (rate < 0) throw py::value_error("probe is " + name + ", but this machine has others (see probes())");
+  return rate;
+}
+
+double Read(const py::buffer& buffer, double seconds) {
+  const py::buffer_info info = buffer.request();
+  const py::gil_scoped_release released;
+  return cpu::ProbeRead(info.ptr, static_cast<size_t>(info.size * info.itemsize), seconds);
+}
+
+}  // namespace
+
+void BindProbe(py::module_& module) {
+  module.def("probes", &Names, "What this machine multiplies with: the names that probe_compute takes.");
+  module.def("probe_compute", &Compute, "Operations per second of the calling thread.");
+  module.def("probe_read", &Read, "Bytes per second that the calling thread reads from a buffer.");
+}
+
+}  // namespace ffn

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's machinery on the shapes of tiny.toml: what it reports, never how long anything took."""
+
+import copy
+import json
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure, report, run
+from benchmarks.cases import ROUTINGS, SHAPES, Case, Weights, read_shapes, route
+from benchmarks.check import Answer
+from benchmarks.peers import Eager, Ours
+from ffn_ops import contract, packing
+
+ROOT = Path(__file__).parents[1]
+DENSE, MOE = read_shapes(SHAPES / "tiny.toml")
+MISBEHAVING = [
+    f"tests.bench_peers:{name}" for name in ("Wrong", "CrashesAtOnce", "CrashesLater", "Alone", "Absent")
+]
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results file of one run, with peers that misbehave."""
+    file = tmp_path_factory.mktemp("bench") / "results.json"
+    done = command("--quick", "--shapes", "tiny", "--modes", "bf16", "--threads", 1, "--isa", "generic",
+                   "--peers", ",".join(["ours", "torch eager", *MISBEHAVING]), "--out", file)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+@pytest.fixture(scope="module")
+def results(out: Path) -> dict[str, Any]:
+    return json.loads(out.read_text())
+
+
+@pytest.fixture
+def quiet(results: dict[str, Any]) -> dict[str, Any]:
+    """The same, had the machine been so quiet that every sample was clean."""
+    results = copy.deepcopy(results)
+    figure = {"status": "timed", "seconds": 2e-3, "quartiles": [1e-3, 3e-3], "clean": 5, "pack_seconds": 1.0}
+    for cell in results["cells"]:
+        for name in ("ours", "torch eager"):
+            cell["results"][name].update(figure)
+    return results
+
+
+def test_a_run_writes_results(results: dict[str, Any]) -> None:
+    assert results["settings"]["threads"] == 1 and results["settings"]["isa"] == "generic"
+    assert results["versions"]["torch"] == torch.__version__
+    assert {"cpu", "affinity", "governor", "page_bytes", "huge_pages"} <= set(results["machine"])
+    assert all(rate > 0 for rate in results["limits"]["before"].values())
+    planned = len(run.cells(DENSE, [])) + len(run.cells(MOE, []))
+    assert len(results["cells"]) == planned
+    for cell in results["cells"]:
+        ours = cell["results"]["ours"]
+        assert 0 <= ours["bound_share"] <= 1
+        assert ours["status"] in ("timed", "noisy")  # a busy machine's affair
+        if ours["status"] == "timed":
+            low, high = ours["quartiles"]
+            assert 0 < low <= ours["seconds"] <= high
+            assert ours["clean"] >= measure.CLEAN and ours["of_limit"] > 0
+
+
+def test_plots_are_drawn(quiet: dict[str, Any], tmp_path: Path) -> None:
+    written = {path.name for path in report.write(quiet, tmp_path / "r.json") if path.stat().st_size}
+    assert written == {"r.json", "r-speed-up.png", "r-roofline.png", "r-packing.png", "r-skew.png"}
+
+
+def test_a_routed_cell_records_its_seed_and_histogram(results: dict[str, Any]) -> None:
+    routed = [cell for cell in results["cells"] if cell["kind"] == "moe"]
+    assert {cell["routing"] for cell in routed} == set(ROUTINGS)
+    for cell in routed:
+        assert len(cell["histogram"]) == MOE.E and sum(cell["histogram"]) == cell["M"] * MOE.top_k
+    assert isinstance(results["settings"]["seed"], int)
+
+
+def test_a_wrong_peer_is_reported_and_not_timed(results: dict[str, Any]) -> None:
+    for cell in results["cells"]:
+        wrong = cell["results"]["tests.bench_peers:Wrong"]
+        assert wrong["status"] == "wrong" and "bound allows" in wrong["reason"] and "seconds" not in wrong
+
+
+@pytest.mark.parametrize("name", ["CrashesAtOnce", "CrashesLater"])
+def test_a_peer_that_crashes_is_reported_and_the_others_are_timed(results: dict[str, Any], name: str) -> None:
+    for cell in results["cells"]:
+        crashed = cell["results"][f"tests.bench_peers:{name}"]
+        assert crashed["status"] == "crashed" and "died of SIGABRT" in crashed["reason"]
+
+
+def test_a_peer_with_a_process_of_its_own_has_ours_beside_it(results: dict[str, Any]) -> None:
+    for cell in results["cells"]:
+        alone = cell["results"]["tests.bench_peers:Alone"]
+        assert alone["status"] in ("timed", "noisy") and "anchor_seconds" in alone
+
+
+def test_absent_peers_are_named(results: dict[str, Any]) -> None:
+    assert results["absent"]["tests.bench_peers:Absent"] == "needs a machine that nobody has"
+    assert any("nobody has" in sentence for sentence in report.summary(results))
+
+
+def test_compare_names_what_became_slower(quiet: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "old.json"
+    out.write_text(json.dumps(quiet))
+    slower = copy.deepcopy(quiet)
+    ours = slower["cells"][0]["results"]["ours"]
+    ours["seconds"] *= 10
+    ours["quartiles"] = [10 * time for time in ours["quartiles"]]
+    (tmp_path / "new.json").write_text(json.dumps(slower))
+    same, regressed = command("--compare", out, out), command("--compare", out, tmp_path / "new.json")
+    assert (same.returncode, same.stdout) == (0, "0 figures became slower.\n")
+    assert regressed.returncode == 1
+    assert regressed.stdout.startswith("tiny dense, bf16, M = 1, cold: ours takes")
+
+
+def test_a_published_page_names_its_results_and_shows_every_figure(
+    results: dict[str, Any], out: Path
+) -> None:
+    page = out.parent / "benchmarks.md"
+    report.publish(out, page)
+    text = page.read_text()
+    assert "[results.json](" in text
+    timed = [r for cell in results["cells"] for r in cell["results"].values() if r["status"] == "timed"]
+    assert all(report.duration(result["seconds"]) in text for result in timed)
+
+
+def test_limits_that_drift_mark_a_run(results: dict[str, Any]) -> None:
+    limits = {**results["limits"], "steady": False, "drift": 0.2}
+    assert any("moved by 20%" in sentence for sentence in report.summary({**results, "limits": limits}))
+
+
+def test_a_figure_needs_five_clean_samples() -> None:
+    switches = count(0, 2)  # two more whenever it is looked at: no sample is clean
+    figures = measure.interleaved({"a": lambda: None}, "warm", 0, switches=lambda: next(switches))
+    assert figures["a"] == measure.Figure(None, None, 0, measure.MAX_ROUNDS)
+    assert measure.summarize([1.0] * 4, 0).seconds is None
+    assert measure.summarize([1.0, 2.0, 3.0, 4.0, 5.0], 0) == measure.Figure(3.0, (2.0, 4.0), 5, 0)
+
+
+def test_calls_are_measured_in_turn() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    measure.interleaved(calls, "warm", 0, switches=lambda: 0)
+    assert order == ["a", "b"] * (len(order) // 2) and len(order) >= 2 * measure.CLEAN
+
+
+@pytest.mark.parametrize("mode", [mode.name for mode in contract.MODES] + ["w8a16:32", "w4a16_bf16:32"])
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+def test_the_operator_is_within_every_cells_bound(shape: Any, mode: str) -> None:
+    case = Case(Weights(shape._replace(activation="relu"), mode), 8, "warm", "uniform" if shape.E else None)
+    verdict = Answer(case).judge(Ours().make(case)())
+    assert verdict.reason is None and verdict.error < 0.1
+
+
+def test_the_bound_notices_exchanged_glu_halves() -> None:
+    case = Case(Weights(MOE, "bf16"), 8, "warm", "uniform")
+    weights = case.weights.operands
+    swapped = {**weights, "weight1": packing.swap_glu_halves(weights["weight1"])}
+    y = torch.ops.ffn.moe(case.x, *case.routing, **swapped)  # type: ignore[misc]
+    assert Answer(case).judge(y).reason is not None
+    assert Answer(case).judge(Eager().make(case)()).reason is None
+
+
+def test_routings_do_what_they_say() -> None:
+    M = 64
+    histograms = {
+        name: torch.bincount(route(MOE, name, M).ids.flatten(), minlength=MOE.E) for name in ROUTINGS
+    }
+    assert histograms["one-expert"][0] == M
+    assert histograms["empty-experts"][: MOE.E // 2].sum() == 0
+    assert histograms["zipf"][0] > histograms["zipf"][-1]
+    for name in ROUTINGS:
+        ids = route(MOE, name, M).ids
+        assert all(len(set(row)) == MOE.top_k for row in ids.tolist())
+
+
+def test_shape_files_can_be_read_and_name_their_models() -> None:
+    shapes = [shape for file in SHAPES.glob("*.toml") for shape in read_shapes(file)]
+    assert len({shape.name for shape in shapes}) == len(shapes) > 10
+    assert all("config.json" in shape.model or shape.model.startswith("none") for shape in shapes)
+
+
+def test_a_shape_that_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.machine.free_bytes", lambda: 1000)
+    assert "more than half of the" in (run.too_large(DENSE, "bf16") or "")
