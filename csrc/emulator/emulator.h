@@ -23,8 +23,9 @@ EMULATOR_API int emulator_error(int code, const char* format, ...) __attribute__
 // destroyed.
 EMULATOR_API void emulator_live(const char* kind, int change);
 
-// The host's view of device memory, or null unless [device, device + size) lies inside one live allocation. A
-// host access through the device address itself faults. `size` 0 asks for the address alone.
+// The host's view of device memory, or null unless [device, device + size) lies inside one live allocation of
+// the thread's current device. A host access through the device address itself faults. `size` 0 asks for the
+// address alone.
 EMULATOR_API void* emulator_host_view(const void* device, size_t size);
 
 // Queues task(context) on a stream (null: the current device's default stream) and takes ownership of

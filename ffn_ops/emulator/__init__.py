@@ -30,7 +30,15 @@ LIBRARIES = (
     "graph",
     "acl_tdt_channel",
 )
-# What enable() was given, or None; ffn_ops/doctor.py examines the same in another process.
+# Whom torch_npu 2.13 knows (torch_npu/csrc/core/npu/NpuVariables.h in its wheel; of the many Ascend950, one).
+SOCS = (
+    "Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1",
+    "Ascend910_9362", "Ascend910_9363", "Ascend910_9372", "Ascend910_9381", "Ascend910_9382",
+    "Ascend910_9391", "Ascend910_9392", "Ascend310P1", "Ascend310P2", "Ascend310P3", "Ascend310P4",
+    "Ascend310P5", "Ascend310P7", "Ascend310B1", "Ascend310B2", "Ascend310B3", "Ascend310B4", "Ascend910A",
+    "Ascend910B", "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA", "Ascend950PR_9599",
+)  # fmt: skip
+# What enable() was given once it succeeded, or None; ffn_ops/doctor.py examines the same in another process.
 enabled: tuple[str, int, bool] | None = None
 _runtime: ctypes.CDLL | None = None
 
@@ -38,7 +46,7 @@ _runtime: ctypes.CDLL | None = None
 def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -> None:
     """Puts the emulated CANN into this process, then imports torch_npu if it is installed.
 
-    `soc` is what aclrtGetSocName answers ("Ascend910B1", "Ascend310P3", ...), `devices` how many there are.
+    `soc` is what aclrtGetSocName answers, one of SOCS; `devices` how many there are, 1 to 64.
     `operators=False` leaves out everything but the FFN operators, which saves building it (a minute, once for
     each torch). Raises RuntimeError when another CANN or torch_npu is loaded already, or when it was enabled
     with other arguments.
@@ -55,8 +63,9 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
         raise RuntimeError(
             "torch_npu is loaded already, but the emulator must come before it (call enable() first)"
         )
-    if not 1 <= devices <= 64:
-        raise ValueError(f"devices is {devices}, but there must be 1 to 64 (choose a number in that range)")
+    if soc not in SOCS:
+        raise ValueError(f"soc is {soc!r}, but torch_npu knows only {', '.join(SOCS)} (name one of them)")
+    _check("devices", devices, 1, 64)
     missing = [name for name in LIBRARIES if not (CANN / f"lib{name}.so").exists()]
     if missing:
         raise ImportError(
@@ -65,7 +74,6 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
     loaded = [ctypes.CDLL(str(CANN / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES]
     _runtime = loaded[0]
     _runtime.emulator_configure(soc.encode(), devices)
-    enabled = (soc, devices, operators)
     # A missing operator raises at its call, instead of failing later in a queue (its other modes look for
     # aclop).
     os.environ.setdefault("ACL_OP_INIT_MODE", "2")
@@ -77,6 +85,14 @@ def enable(soc: str = "Ascend910B1", devices: int = 2, operators: bool = True) -
         with warnings.catch_warnings():  # invalid escapes and the like: not the affair of who emulates CANN
             warnings.simplefilter("ignore")
             import_module("torch_npu")
+    enabled = (soc, devices, operators)
+
+
+def _check(name: str, value: int, least: int, most: int) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(
+            f"{name} is {value!r}, but it must be an int from {least} to {most} (choose one in that range)"
+        )
 
 
 def library() -> ctypes.CDLL:
@@ -122,7 +138,8 @@ def trace() -> Iterator[list[str]]:
 
 
 class Failure:
-    """What fail_at failed: `name` of the call, or None when there were fewer calls."""
+    """What fail_at failed: `name` of the call, or None when fewer calls matched (none, perhaps: trace() shows
+    what calls are named)."""
 
     @property
     def name(self) -> str | None:
@@ -131,10 +148,15 @@ class Failure:
 
 @contextlib.contextmanager
 def fail_at(k: int, pattern: str = "*") -> Iterator[Failure]:
-    """Within the block, the k-th ABI call (from 1) whose name matches the shell pattern fails with a
-    status."""
-    if k < 1:
-        raise ValueError(f"k is {k}, but calls are counted from 1 (pass 1 or more)")
+    """Within the block, the k-th ABI call (from 1) whose name matches the shell pattern fails with a status.
+    Nothing happens when no such call comes: assert on the `name` of what this yields.
+
+    A call that fails on torch_npu's queue thread ends that queue: torch_npu reports the error once, and then
+    drops every launch of the process without a word, so that results are stale memory. Phase 2 of an operator
+    runs there, and with TASK_QUEUE_ENABLE=2 phase 1 too (1 is the default). Such a test needs a process of
+    its own, or TASK_QUEUE_ENABLE=0, with which the call itself raises and the next one works.
+    """
+    _check("k", k, 1, 2**31 - 1)
     library().emulator_fail_at(ctypes.c_long(k), pattern.encode())
     try:
         yield Failure()
@@ -146,6 +168,8 @@ def fail_at(k: int, pattern: str = "*") -> Iterator[Failure]:
 def slow(launch_us: int = 0, task_us: int = 0) -> Iterator[None]:
     """Within the block, each operator's launch holds its thread, and each task its stream, for so many
     microseconds: what only works by luck fails."""
+    _check("launch_us", launch_us, 0, 2**31 - 1)
+    _check("task_us", task_us, 0, 2**31 - 1)
     library().emulator_slow(launch_us, task_us)
     try:
         yield

@@ -28,6 +28,7 @@ FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]
 # torch_npu asks libopapi.so first and libraries of older CANNs last, all by name: the first of those is free.
 SONAME = "libaclnn_ops_infer.so"
 GENERATED = 2  # files that the table becomes: with aten.cc and moe.cc, four equal parts for the compiler
+KEPT = 4  # libraries in the cache: environments and checkouts that are used in turn
 
 
 class BuildError(Exception):
@@ -53,19 +54,56 @@ def build() -> Path:
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sources:
         digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffn_ops"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ffn_ops")
     library = cache / f"operators-{torch.__version__}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    compiler = find_compiler()
+    try:
+        if not intact(library):
+            install(library)
+    except OSError as error:
+        raise BuildError(
+            f"the other operators could not be kept in {cache}: {error} (set XDG_CACHE_HOME to a folder "
+            "that can be written)"
+        ) from None
+    return library
+
+
+def install(library: Path) -> None:
+    """Builds the library into the cache, and removes what killed builds and all but the last few left."""
+    compiler, cache = find_compiler(), library.parent
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one builds and the others wait
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                compile_all(compiler, Path(folder), Path(folder, SONAME))
-                os.replace(Path(folder, SONAME), library)
-    return library
+        if intact(library):
+            return
+        print(
+            f"ffn_ops.emulator: compiling the operators for torch {torch.__version__}, once: a minute or two",
+            file=sys.stderr,
+            flush=True,
+        )
+        for killed in cache.glob("tmp*"):
+            shutil.rmtree(killed)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            compile_all(compiler, Path(folder), Path(folder, SONAME))
+            seal(Path(folder, SONAME))
+            os.replace(Path(folder, SONAME), library)
+        built = sorted(cache.glob("operators-*.so"), key=lambda path: path.stat().st_mtime)
+        for older in built[:-KEPT]:
+            older.unlink()
+
+
+def seal(library: Path) -> None:
+    """Ends the file with its hash, which the loader does not mind."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with open(library, "ab") as file:
+        file.write(digest)
+
+
+def intact(library: Path) -> bool:
+    """Whether it is there as seal left it: to load one that was cut short is a SIGBUS."""
+    if not library.exists():
+        return False
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def find_compiler() -> str:

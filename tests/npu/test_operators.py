@@ -232,6 +232,84 @@ def test_without_a_compiler_the_ffn_operators_work(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        ("phase1('aclnnAdd', x, x, dead(scalar), y)", 161002, "alpha was destroyed"),
+        ("phase1('aclnnAdd', x, x, POINTER(16), y)", 161002, "alpha was destroyed"),
+        ("phase1('aclnnAdd', dead(other), x, scalar, y)", 161002, "self was destroyed"),
+        ("phase1('aclnnAdd', x, POINTER(16), scalar, y)", 161002, "other was destroyed"),
+        ("phase1('aclnnAmax', x, dead(ints), False, y)", 161002, "dim was destroyed"),
+        ("phase1('aclnnCat', dead(tensors), I64(0), y)", 161002, "tensors was destroyed"),
+        ("phase1('aclnnCat', (dead(other), tensors)[1], I64(0), y)", 161002, "tensors was destroyed"),
+        ("phase1('aclnnCat', POINTER(16), I64(0), y)", 161002, "tensors was destroyed"),
+        (
+            "phase2('aclnnAdd', 'aclnnSub', x, x, scalar, y)",
+            161002,
+            "aclnnSub: the executor is one of aclnnAdd",
+        ),
+        ("failing(lambda: phase2('aclnnAdd', 'aclnnAdd', x, x, scalar, y))", 561000, "injected failure"),
+    ],
+)
+def test_what_callers_pass_is_alive(call: str, status: int, said: str):
+    """Through the C ABI, in a process that such a call may end. No executor is left."""
+    done = run(
+        """
+import ctypes
+from ctypes import byref, c_float, c_int, c_uint64, c_void_p as POINTER, c_int64 as I64
+from ffn_ops.emulator import CANN, counters, fail_at, library
+from ffn_ops.emulator.operators import build
+acl, aclnn, operators = library(), ctypes.CDLL(CANN / "libnnopbase.so"), ctypes.CDLL(build())
+acl.aclGetRecentErrMsg.restype = ctypes.c_char_p
+assert acl.aclrtSetDevice(0) == 0
+kinds = {}
+def made(kind, *arguments):
+    create = getattr(aclnn, "aclCreate" + kind)
+    create.restype = POINTER
+    pointer = POINTER(create(*arguments))
+    kinds[pointer.value] = kind
+    return pointer
+def dead(pointer):
+    assert getattr(aclnn, "aclDestroy" + kinds[pointer.value])(pointer) == 0
+    return pointer
+def tensor():
+    memory, dims, two = POINTER(), (I64 * 2)(2, 2), c_uint64(2)
+    assert acl.aclrtMalloc(byref(memory), c_uint64(16), 0) == 0
+    return made("Tensor", dims, two, 0, None, I64(0), 2, dims, two, memory)
+x, y, other = tensor(), tensor(), tensor()
+scalar, ints = made("Scalar", byref(c_float(1)), 0), made("IntArray", (I64 * 1)(0), c_uint64(1))
+tensors = made("TensorList", (POINTER * 2)(tensor(), other), c_uint64(2))
+size, executor = c_uint64(), POINTER()
+def phase1(name, *arguments):
+    return getattr(operators, name + "GetWorkspaceSize")(*arguments, byref(size), byref(executor))
+def phase2(name, run, *arguments):
+    assert phase1(name, *arguments) == 0
+    return getattr(operators, run)(None, size, executor, None)
+def failing(call):
+    with fail_at(1, "aclnnAdd"):
+        return call()
+"""
+        f"print({call}, acl.aclGetRecentErrMsg().decode(), counters()['live_aclOpExecutor'], sep=' | ')",
+        operators=True,
+    )
+    code, message, left = done.stdout.splitlines()[-1].split(" | ")
+    assert (int(code), left) == (status, "0") and said in message, done.stdout + done.stderr[-1000:]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path):
+    done = run(
+        "emulator.enable(operators=True)\nprint(torch.ones(2).npu().cpu())",  # the second time: nothing more
+        operators=True, HOME="/proc/x", XDG_CACHE_HOME="/proc",
+    )  # fmt: skip
+    assert done.stdout.endswith("tensor([1., 1.])\n"), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("ffn_ops.emulator: ")]
+    assert len(said) == 1
+    assert said[0].startswith("ffn_ops.emulator: the other operators could not be kept in /proc/ffn_ops: ")
+    assert said[0].endswith(
+        "(set XDG_CACHE_HOME to a folder that can be written); only the FFN operators work"
+    )
+
+
 def test_the_library_is_built_once_and_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     built = operators.build()  # by --device npu, which this test runs under
     assert built.exists() and torch.__version__ in built.name
@@ -248,15 +326,29 @@ def test_the_library_is_built_once_and_by_one_process(tmp_path: Path, monkeypatc
     )
     fake.chmod(0o755)
     calls = tmp_path / "calls"
-    code = "from ffn_ops.emulator.operators import build\nprint(build().read_text())"
+    cache = tmp_path / "ffn_ops"
+    (cache / "tmpkilled").mkdir(parents=True)
+    (cache / built.name).write_bytes(built.read_bytes()[:100000])  # cut short: it must be built again
+    for age in range(1, 6):
+        older = cache / f"operators-{age}.so"
+        older.touch()
+        os.utime(older, (0, 10 - age))
+    code = "from ffn_ops.emulator.operators import build\nprint(build().read_bytes()[:-32].decode())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(fake), "CALLS": str(calls)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        subprocess.Popen([sys.executable, "-c", code], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          env=os.environ | {"PYTHONPATH": str(PACKAGE)} | environment)
         for _ in range(2)
     ]  # fmt: skip
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["built\n\n"] * 2
+    said = [process.communicate(timeout=100) for process in processes]
+    assert [out for out, _ in said] == ["built\n\n"] * 2
+    compiling = f"ffn_ops.emulator: compiling the operators for torch {torch.__version__}, once: "
+    assert sum(compiling in error for _, error in said) == 1
     assert len(calls.read_text().split()) == operators.GENERATED + 3  # two sources more, and the linking
+    assert {path.name for path in cache.iterdir()} == (
+        {"lock", built.name} | {f"operators-{age}.so" for age in range(1, operators.KEPT)}
+    )
 
 
 def test_a_failing_compiler_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch_npu
 from operands import op, operands
-from process import ROOT, run
+from process import PACKAGE, run
 
 from ffn_ops import emulator
 
@@ -147,22 +150,119 @@ def test_a_process_has_one_set_of_devices(misuse: Callable[[], None]):
         misuse()
 
 
-def test_the_runner_runs_a_script_that_knows_nothing_of_it(tmp_path: Path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch\nprint(sys.argv[1:], torch.npu.device_count(), (torch.ones(2).npu() + 1).cpu())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "ffn_ops.emulator", "--devices", "3", str(script), "a"],
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"soc": "Ascend999"},
+            r"soc is 'Ascend999', but torch_npu knows only Ascend910B1, .*\(name one of them\)",
+        ),
+        ({"soc": 910}, "soc is 910, but torch_npu knows only "),
+        ({"devices": "2"}, "devices is '2', but it must be an int from 1 to 64 "),
+        ({"devices": 65}, "devices is 65, but it must be an int from 1 to 64 "),
+    ],
+)
+def test_devices_that_cannot_be_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], said: str
+):
+    monkeypatch.setattr(emulator, "enabled", None)
+    monkeypatch.delitem(sys.modules, "torch_npu")
+    with pytest.raises(ValueError, match="^" + said):
+        emulator.enable(**arguments)
+    assert emulator.enabled is None
+
+
+def test_an_enable_that_fails_does_not_count(monkeypatch: pytest.MonkeyPatch):
+    def fails(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(emulator, "enabled", None)
+    monkeypatch.delitem(sys.modules, "torch_npu")
+    monkeypatch.setattr(emulator, "import_module", fails)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="torch_npu"):
+            emulator.enable()
+
+
+def test_torch_npu_knows_every_soc_that_can_be_chosen():
+    known = (Path(torch_npu.__file__).parent / "lib" / "libtorch_npu.so").read_bytes()
+    assert [soc for soc in emulator.SOCS if b"\0" + soc.encode() + b"\0" not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("aid", "said"),
+    [
+        (lambda: emulator.slow(task_us=-5), "task_us is -5, but it must be an int from 0 "),
+        (lambda: emulator.slow(0.5), "launch_us is 0.5, but it must be an int from 0 "),
+        (lambda: emulator.fail_at(0), "k is 0, but it must be an int from 1 "),
+        (lambda: emulator.fail_at(1.5), "k is 1.5, but it must be an int from 1 "),
+    ],
+)
+def test_aids_refuse_what_they_cannot_do(aid: Callable[[], AbstractContextManager[object]], said: str):
+    with pytest.raises(ValueError, match="^" + said), aid():
+        pass
+
+
+def emulated(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "ffn_ops.emulator", *arguments],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
     )
-    assert "['a'] 3 tensor([2., 2.])" in done.stdout, done.stderr
+
+
+def test_the_runner_runs_a_script_that_knows_nothing_of_it(tmp_path: Path):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "beside.py").write_text("x = 2")
+    (folder / "script.py").write_text(
+        "import beside, sys, torch\n"
+        "print(sys.argv, torch.npu.device_count(), (torch.ones(beside.x).npu() + 1).cpu())"
+    )
+    done = emulated("--devices", "3", "scripts/script.py", "-m", folder=tmp_path)
+    assert "['scripts/script.py', '-m'] 3 tensor([2., 2.])" in done.stdout, done.stderr
+
+
+def test_the_runner_runs_a_module(tmp_path: Path):
+    (tmp_path / "test_device.py").write_text(
+        "def test_device():\n    import torch\n    assert torch.npu.get_device_name() == 'Ascend310P3'"
+    )
+    done = emulated("--soc", "Ascend310P3", "-m", "pytest", "-q", "test_device.py", folder=tmp_path)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no.py"], "there is no script no.py"),
+        (["-m", "no.such"], "there is no module no.such"),
+        (["--soc", "Ascend999", __file__], "soc is 'Ascend999'"),
+        ([], "there is nothing to run"),
+    ],
+)
+def test_the_runner_says_what_it_cannot_run(tmp_path: Path, arguments: list[str], said: str):
+    done = emulated(*arguments, folder=tmp_path)
+    assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def plugged(folder: Path, tests: str, *options: str, conftest: str = "") -> str:
+    (folder / "test_it.py").write_text(tests)
+    (folder / "conftest.py").write_text(conftest)
+    plugin = [] if conftest else ["-p", "ffn_ops.emulator.plugin"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugin, *options, "test_it.py"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+    ).stdout
 
 
 def test_the_plugin_fails_a_test_that_leaks(tmp_path: Path):
-    (tmp_path / "test_leak.py").write_text(
+    said = plugged(
+        tmp_path,
         """
 import ctypes
 
@@ -176,13 +276,55 @@ def test_leaks(emulator):
 def test_does_not(emulator):
     import torch
     assert (torch.ones(2).npu() + 1).sum().item() == 4
+""",
+    )
+    assert "2 passed, 1 error" in said and "live_aclTensor" in said, said
+
+
+ON_310P = """
+import torch
+
+def test_on_310p(emulator):
+    assert (torch.npu.get_device_name(), torch.npu.device_count()) == ("Ascend310P3", 3)
 """
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "ffn_ops.emulator.plugin", "test_leak.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert "2 passed, 1 error" in done.stdout and "live_aclTensor" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("where", ["ini", "conftest"])
+def test_the_plugin_has_the_devices_that_a_suite_chooses(tmp_path: Path, where: str):
+    if where == "ini":
+        said = plugged(tmp_path, ON_310P, "-o", "ffn_ops_soc=Ascend310P3", "-o", "ffn_ops_devices=3")
+    else:
+        said = plugged(
+            tmp_path,
+            ON_310P,
+            conftest="import ffn_ops.emulator\nffn_ops.emulator.enable('Ascend310P3', 3)\n"
+            "pytest_plugins = ['ffn_ops.emulator.plugin']",
+        )
+    assert "1 passed" in said, said
+
+
+ENDS_THE_PROCESS = {
+    # Phase 2 fails on torch_npu's thread.
+    "torch_npu's queue stopped at an error, and drops every launch since": """
+    with pytest.raises(RuntimeError, match="Inner error"), emulator.fail_at(1, "aclnnInplaceFillScalar"):
+        x.fill_(2)
+        torch.npu.synchronize()
+""",
+    # The task itself fails.
+    "a task failed, and so does each synchronisation since": """
+    x.index_select(0, torch.tensor([7]).npu())
+    with pytest.raises(RuntimeError, match="aclnnIndexSelect"):
+        torch.npu.synchronize()
+""",
+}
+
+
+@pytest.mark.parametrize("said", ENDS_THE_PROCESS)
+def test_the_plugin_notices_that_a_process_is_of_no_more_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+):
+    monkeypatch.delenv("TASK_QUEUE_ENABLE", raising=False)
+    code = "import pytest, torch\n\ndef test_fails(emulator):\n    x = torch.ones(3).npu()\n"
+    code += ENDS_THE_PROCESS[said] + "\ndef test_is_the_victim(emulator):\n    pass\n"
+    out = plugged(tmp_path, code)
+    assert "1 passed, 2 errors" in out and said in out, out

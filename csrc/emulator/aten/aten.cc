@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kNull = 161001, kInvalid = 161002, kInner = 561000;
 
-std::optional<at::ScalarType> ScalarTypeOf(aclDataType dtype) {
+std::optional<at::ScalarType> ScalarTypeOf(int dtype) {
   switch (dtype) {
     case ACL_FLOAT:
       return at::kFloat;
@@ -101,10 +101,19 @@ void Call::Fail(const char* parameter, const char* problem) {
   if (code_ == 0) code_ = emulator_error(kInvalid, "%s: %s %s", made_.name.c_str(), parameter, problem);
 }
 
+template <class T>
+bool Call::Given(const char* parameter, const T* object) {
+  if (object == nullptr) return false;
+  if (IsLive(object)) return true;
+  Fail(parameter, "was destroyed, or holds what was");
+  return false;
+}
+
 void Call::Input(const char* parameter, const aclTensor* tensor, bool optional) {
-  made_.tensors.push_back(tensor != nullptr ? *tensor : aclTensor{});
+  const bool given = Given(parameter, tensor);
+  made_.tensors.push_back(given ? *tensor : aclTensor{});
   if (code_ != 0) return;
-  if (tensor != nullptr) {
+  if (given) {
     code_ = CheckTensor(made_.name.c_str(), parameter, *tensor);
     if (!ScalarTypeOf(tensor->dtype))
       Fail(parameter, "has a dtype that the emulator's operators do not know");
@@ -119,7 +128,7 @@ void Call::Output(const char* parameter, const aclTensor* tensor, bool optional)
 }
 
 size_t Call::Input(const char* parameter, const aclTensorList* list) {
-  if (list == nullptr) return 0;
+  if (!Given(parameter, list)) return 0;
   for (const aclTensor* tensor : list->tensors) Input(parameter, tensor, true);
   return list->tensors.size();
 }
@@ -131,7 +140,7 @@ size_t Call::Output(const char* parameter, const aclTensorList* list) {
 }
 
 at::Scalar Call::Value(const char* parameter, const aclScalar* scalar) {
-  if (scalar == nullptr) {
+  if (!Given(parameter, scalar)) {
     if (code_ == 0) code_ = emulator_error(kNull, "%s: %s is null", made_.name.c_str(), parameter);
     return 0;
   }
@@ -162,17 +171,17 @@ at::Scalar Call::Value(const char* parameter, const aclScalar* scalar) {
   }
 }
 
-std::optional<at::Scalar> Call::Maybe(const aclScalar* scalar) const {
+std::optional<at::Scalar> Call::Maybe(const char* parameter, const aclScalar* scalar) {
   if (scalar == nullptr) return std::nullopt;
-  return Call("").Value("", scalar);
+  return Value(parameter, scalar);
 }
 
-std::vector<int64_t> Call::Value(const char*, const aclIntArray* array) const {
-  return array != nullptr ? array->values : std::vector<int64_t>();
+std::vector<int64_t> Call::Value(const char* parameter, const aclIntArray* array) {
+  return Given(parameter, array) ? array->values : std::vector<int64_t>();
 }
 
-std::vector<uint8_t> Call::Value(const char*, const aclBoolArray* array) const {
-  return array != nullptr ? array->values : std::vector<uint8_t>();
+std::vector<uint8_t> Call::Value(const char* parameter, const aclBoolArray* array) {
+  return Given(parameter, array) ? array->values : std::vector<uint8_t>();
 }
 
 std::string Call::Value(const char*, const char* text) const { return text != nullptr ? text : ""; }
@@ -220,7 +229,7 @@ void Shrink(const aclTensor* caller, const at::Tensor& out, const at::Tensor& va
   TORCH_CHECK(value.numel() <= out.numel(), "the output has room for ", out.numel(),
               " elements, but the result has ", value.numel());
   if (value.numel() > 0) at::from_blob(out.data_ptr(), value.sizes(), out.options()).copy_(value);
-  if (!IsLiveTensor(caller)) return;
+  if (!IsLive(caller)) return;
   auto* tensor = const_cast<aclTensor*>(caller);
   tensor->shape = value.sizes().vec();
   tensor->strides = at::empty(value.sizes(), at::TensorOptions(at::kMeta)).strides().vec();

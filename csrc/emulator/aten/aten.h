@@ -42,10 +42,9 @@ class Call {
   size_t Output(const char* parameter, const aclTensorList* list);
 
   at::Scalar Value(const char* parameter, const aclScalar* scalar);
-  std::optional<at::Scalar> Maybe(const aclScalar* scalar) const;
-  std::vector<int64_t> Value(const char* parameter,
-                             const aclIntArray* array) const;  // absent arrays are empty
-  std::vector<uint8_t> Value(const char* parameter, const aclBoolArray* array) const;
+  std::optional<at::Scalar> Maybe(const char* parameter, const aclScalar* scalar);
+  std::vector<int64_t> Value(const char* parameter, const aclIntArray* array);  // absent arrays are empty
+  std::vector<uint8_t> Value(const char* parameter, const aclBoolArray* array);
   std::string Value(const char* parameter, const char* text) const;
   at::ScalarType Value(const char* parameter, aclDataType dtype);
   template <class Number>
@@ -56,6 +55,9 @@ class Call {
   int Publish(std::function<void(Reader)> body, uint64_t* workspace_size, aclOpExecutor** executor);
 
  private:
+  // Whether a parameter is there to be read. All pointers of callers pass here: dead objects fail the call.
+  template <class T>
+  bool Given(const char* parameter, const T* object);
   void Fail(const char* parameter, const char* problem);
 
   aclOpExecutor made_;

@@ -43,7 +43,7 @@ TYPES = {
         "const at::Tensor {name} = read.One();",
     ),
     "scalar": ("const aclScalar*", VALUE, ""),
-    "scalar?": ("const aclScalar*", "{name} = call.Maybe({name})", ""),
+    "scalar?": ("const aclScalar*", "{name} = call.Maybe({text}, {name})", ""),
     "ints": ("const aclIntArray*", VALUE, ""),
     "bools": ("const aclBoolArray*", VALUE, ""),
     "string": ("const char*", VALUE, ""),
@@ -130,8 +130,7 @@ EMULATOR_API int {name}GetWorkspaceSize({", ".join(signature)}, uint64_t* worksp
   }}, workspace_size, executor);
 }}
 EMULATOR_API int {name}(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream) {{
-  if (const int code = emulator_call(__func__)) return code;
-  return emulator::Launch(workspace, workspace_size, executor, stream);
+  return emulator::Launch(__func__, workspace, workspace_size, executor, stream);
 }}
 """
 

@@ -65,6 +65,12 @@ int RunTask(void* context) {
   }
 }
 
+// Phase 1 was for this layout. The dtype of deqScale may differ by its sign (contract c.1 step 3a).
+bool SameLayout(const aclTensor& one, const aclTensor& other) {
+  return one.shape == other.shape && one.strides == other.strides && one.offset == other.offset &&
+         one.format == other.format && emulator::ElementBits(one.dtype) == emulator::ElementBits(other.dtype);
+}
+
 int SetAddress(const char* function, aclOpExecutor* executor, size_t first, size_t end, size_t index,
                const aclTensor* tensor, void* address) {
   if (const int status = emulator_call(function)) return status;
@@ -74,10 +80,16 @@ int SetAddress(const char* function, aclOpExecutor* executor, size_t first, size
   if (!IsLive(executor))
     return emulator_error(kInvalid, "%s: the executor was used up or destroyed", function);
   if (!executor->repeatable) return emulator_error(kInvalid, "%s: the executor is not repeatable", function);
+  if (!emulator::IsLive(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", function);
   // Absent tensors have no position.
   for (size_t i = first; i < end; ++i) {
-    if (executor->tensors[i].dtype == ACL_DT_UNDEFINED || index-- > 0) continue;
-    executor->tensors[i].data = address;
+    aclTensor& mine = executor->tensors[i];
+    if (mine.dtype == ACL_DT_UNDEFINED || index-- > 0) continue;
+    if (!SameLayout(mine, *tensor)) {
+      return emulator_error(kInvalid, "%s: the tensor has another shape, layout or size of elements",
+                            function);
+    }
+    mine.data = address;
     return 0;
   }
   return emulator_error(kInvalid, "%s: the operator has no such tensor", function);
@@ -95,36 +107,37 @@ void Publish(aclOpExecutor made, uint64_t* workspace_size, aclOpExecutor** execu
   emulator_live("aclOpExecutor", 1);
 }
 
-int Launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream) {
-  if (executor == nullptr) return emulator_error(kNull, "phase 2: the executor is null");
-  if (!IsLive(executor)) {
-    return emulator_error(kInvalid, "phase 2: %p is no live executor (run or destroyed before?)",
+int Launch(const char* name, void* workspace, uint64_t workspace_size, aclOpExecutor* executor,
+           aclrtStream stream) {
+  const int injected = emulator_call(name);
+  if (executor == nullptr) return emulator_error(kNull, "%s: the executor is null", name);
+  if (!::IsLive(executor)) {
+    return emulator_error(kInvalid, "%s: %p is no live executor (run or destroyed before?)", name,
                           static_cast<void*>(executor));
   }
   std::unique_ptr<aclOpExecutor> ended;  // a one-shot executor ends here, whatever comes
   if (!executor->repeatable) ended = Take(executor);
+  if (injected != 0) return injected;
+  if (executor->name != name) {
+    return emulator_error(kInvalid, "%s: the executor is one of %s", name, executor->name.c_str());
+  }
   if (workspace_size > 0 && workspace == nullptr) {
-    return emulator_error(kNull, "%s: the workspace is null, but its size is not 0", executor->name.c_str());
+    return emulator_error(kNull, "%s: the workspace is null, but its size is not 0", name);
   }
   if (workspace_size < executor->workspace_size) {
-    return emulator_error(kInvalid, "%s: the workspace has %llu bytes, but needs %llu",
-                          executor->name.c_str(), static_cast<unsigned long long>(workspace_size),
+    return emulator_error(kInvalid, "%s: the workspace has %llu bytes, but needs %llu", name,
+                          static_cast<unsigned long long>(workspace_size),
                           static_cast<unsigned long long>(executor->workspace_size));
   }
   if (workspace_size > 0 && emulator_host_view(workspace, workspace_size) == nullptr) {
-    return emulator_error(kInvalid, "%s: the workspace at %p is not in one live allocation of device memory",
-                          executor->name.c_str(), workspace);
+    return emulator_error(kInvalid,
+                          "%s: the workspace at %p is not in one live allocation of the current device", name,
+                          workspace);
   }
   auto task =
       std::make_unique<Run>(Run{executor->name, executor->tensors, executor->run, workspace, workspace_size});
-  const std::string name = executor->name;
   return emulator_enqueue(
-      stream, name.c_str(), &RunTask, [](void* context) { delete static_cast<Run*>(context); },
-      task.release());
-}
-
-void Abandon(aclOpExecutor* executor) {
-  if (IsLive(executor) && !executor->repeatable) Take(executor);
+      stream, name, &RunTask, [](void* context) { delete static_cast<Run*>(context); }, task.release());
 }
 
 }  // namespace emulator

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <type_traits>
 
 namespace {
 
@@ -52,19 +53,27 @@ int Destroy(const char* function, const char* kind, const T* object) {
 }
 
 template <class T>
-bool IsLive(const T* object) {
+bool IsKnown(const T* object) {
   Live<T>& live = Live<T>::Get();
   std::lock_guard lock(live.mutex);
   return live.objects.count(object) > 0;
 }
 
-// An object from an array of `count` values; null, with an error set, for a null array.
+// More dimensions or values than any caller has: a count that was computed wrong, whose values are not there.
+constexpr uint64_t kMostDims = 64, kMostValues = 1 << 24;
+
+// An object from an array of `count` values; null, with an error set, for a null array or a senseless count.
 template <class Object, class Value>
 Object* FromArray(const char* function, const char* kind, const Value* values, uint64_t count) {
   if (emulator_call(function) != 0) return nullptr;
   if (values == nullptr && count > 0) {
     emulator_error(kNull, "%s: the array is null, but its size is %llu", function,
                    static_cast<unsigned long long>(count));
+    return nullptr;
+  }
+  if (count > kMostValues) {
+    emulator_error(kInvalid, "%s: %llu values, but there may be %llu", function,
+                   static_cast<unsigned long long>(count), static_cast<unsigned long long>(kMostValues));
     return nullptr;
   }
   return Made(kind, std::make_unique<Object>(Object{{values, values + count}}));
@@ -74,7 +83,7 @@ Object* FromArray(const char* function, const char* kind, const Value* values, u
 template <class List, class Member>
 int DestroyList(const char* function, const char* kind, const List* list,
                 std::vector<const Member*> List::* members, aclnnStatus (*destroy)(const Member*)) {
-  if (list != nullptr && IsLive(list)) {
+  if (list != nullptr && IsKnown(list)) {
     for (const Member* member : list->*members) {
       if (member != nullptr) destroy(member);
     }
@@ -86,7 +95,7 @@ template <class Object, class Value>
 int GetSize(const char* function, const Object* object, std::vector<Value> Object::* values,
             uint64_t* count) {
   if (object == nullptr || count == nullptr) return emulator_error(kNull, "%s: null", function);
-  if (!IsLive(object)) return emulator_error(kInvalid, "%s: the object was destroyed", function);
+  if (!IsKnown(object)) return emulator_error(kInvalid, "%s: the object was destroyed", function);
   *count = (object->*values).size();
   return 0;
 }
@@ -119,7 +128,7 @@ int CopyOut(const std::vector<int64_t>& values, int64_t** out, uint64_t* count) 
 
 namespace emulator {
 
-int ElementBits(aclDataType dtype) {
+int ElementBits(int dtype) {
   switch (dtype) {
     case ACL_INT4:
       return 4;
@@ -161,8 +170,7 @@ int64_t ElementCount(const std::vector<int64_t>& sizes) {
 int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor) {
   const int64_t bits = ElementBits(tensor.dtype);
   if (bits == 0) {
-    return emulator_error(kInvalid, "%s: %s has the unknown dtype %d", op, parameter,
-                          static_cast<int>(tensor.dtype));
+    return emulator_error(kInvalid, "%s: %s has the unknown dtype %d", op, parameter, tensor.dtype);
   }
   for (const int64_t size : tensor.shape) {
     if (size < 0) return emulator_error(kInvalid, "%s: %s has a negative size", op, parameter);
@@ -184,14 +192,33 @@ int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor) 
   const int64_t first = low * bits / 8, end = ((high + 1) * bits + 7) / 8;
   if (base == nullptr || emulator_host_view(base + first, static_cast<size_t>(end - first)) == nullptr) {
     return emulator_error(kInvalid,
-                          "%s: %s at %p with %lld bytes is not in one live allocation of device memory", op,
-                          parameter, tensor.data, static_cast<long long>(end - first));
+                          "%s: %s at %p with %lld bytes is not in one live allocation of the current device",
+                          op, parameter, tensor.data, static_cast<long long>(end - first));
   }
   return 0;
 }
 
-bool IsLiveTensor(const aclTensor* tensor) { return IsLive(tensor); }
-bool IsLiveIntArray(const aclIntArray* array) { return IsLive(array); }
+template <class T>
+bool IsLive(const T* object) {
+  if (!IsKnown(object)) return false;
+  const auto absent_or_live = [](const auto* member) { return member == nullptr || IsKnown(member); };
+  if constexpr (std::is_same_v<T, aclTensorList>) {
+    return std::all_of(object->tensors.begin(), object->tensors.end(), absent_or_live);
+  }
+  if constexpr (std::is_same_v<T, aclScalarList>) {
+    return std::all_of(object->scalars.begin(), object->scalars.end(), absent_or_live);
+  }
+  return true;
+}
+// Said for each, since the types they are made for are not visible.
+#define VISIBLE __attribute__((visibility("default")))
+template VISIBLE bool IsLive(const aclTensor*);
+template VISIBLE bool IsLive(const aclScalar*);
+template VISIBLE bool IsLive(const aclIntArray*);
+template VISIBLE bool IsLive(const aclFloatArray*);
+template VISIBLE bool IsLive(const aclBoolArray*);
+template VISIBLE bool IsLive(const aclTensorList*);
+template VISIBLE bool IsLive(const aclScalarList*);
 
 }  // namespace emulator
 
@@ -204,6 +231,12 @@ aclTensor* aclCreateTensor(const int64_t* view_dims, uint64_t view_rank, aclData
   if (emulator_call(__func__) != 0) return nullptr;
   if ((view_dims == nullptr && view_rank > 0) || (storage_dims == nullptr && storage_rank > 0)) {
     emulator_error(kNull, "%s: dims are null, but their number is not 0", __func__);
+    return nullptr;
+  }
+  if (view_rank > kMostDims || storage_rank > kMostDims) {
+    emulator_error(kInvalid, "%s: %llu and %llu dimensions, but there may be %llu", __func__,
+                   static_cast<unsigned long long>(view_rank), static_cast<unsigned long long>(storage_rank),
+                   static_cast<unsigned long long>(kMostDims));
     return nullptr;
   }
   auto tensor = std::make_unique<aclTensor>();
@@ -265,25 +298,25 @@ aclnnStatus aclGetScalarListSize(const aclScalarList* list, uint64_t* count) {
   return GetSize(__func__, list, &aclScalarList::scalars, count);
 }
 
-#define GETTER(function, Type, expression)                                                          \
-  aclnnStatus function(const aclTensor* tensor, Type* out) {                                        \
-    if (tensor == nullptr || out == nullptr) return emulator_error(kNull, "%s: null", __func__);    \
-    if (!IsLive(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__); \
-    *out = tensor->expression;                                                                      \
-    return 0;                                                                                       \
+#define GETTER(function, Type, expression)                                                           \
+  aclnnStatus function(const aclTensor* tensor, Type* out) {                                         \
+    if (tensor == nullptr || out == nullptr) return emulator_error(kNull, "%s: null", __func__);     \
+    if (!IsKnown(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__); \
+    *out = static_cast<Type>(tensor->expression);                                                    \
+    return 0;                                                                                        \
   }
 GETTER(aclGetViewOffset, int64_t, offset)
 GETTER(aclGetFormat, aclFormat, format)
 GETTER(aclGetDataType, aclDataType, dtype)
 GETTER(aclGetRawTensorAddr, void*, data)
 
-#define SIZES(function, member)                                                                     \
-  aclnnStatus function(const aclTensor* tensor, int64_t** values, uint64_t* count) {                \
-    if (tensor == nullptr || values == nullptr || count == nullptr) {                               \
-      return emulator_error(kNull, "%s: null", __func__);                                           \
-    }                                                                                               \
-    if (!IsLive(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__); \
-    return CopyOut(tensor->member, values, count);                                                  \
+#define SIZES(function, member)                                                                      \
+  aclnnStatus function(const aclTensor* tensor, int64_t** values, uint64_t* count) {                 \
+    if (tensor == nullptr || values == nullptr || count == nullptr) {                                \
+      return emulator_error(kNull, "%s: null", __func__);                                            \
+    }                                                                                                \
+    if (!IsKnown(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__); \
+    return CopyOut(tensor->member, values, count);                                                   \
   }
 SIZES(aclGetViewShape, shape)
 SIZES(aclGetViewStrides, strides)
@@ -291,7 +324,7 @@ SIZES(aclGetStorageShape, storage)
 
 aclnnStatus aclSetRawTensorAddr(aclTensor* tensor, void* address) {
   if (tensor == nullptr) return emulator_error(kInnerNull, "%s: the tensor is null", __func__);
-  if (!IsLive(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__);
+  if (!IsKnown(tensor)) return emulator_error(kInvalid, "%s: the tensor was destroyed", __func__);
   tensor->data = address;
   return 0;
 }

@@ -13,12 +13,12 @@
 struct aclTensor {
   std::vector<int64_t> shape, strides, storage;  // strides in elements
   int64_t offset = 0;                            // elements from data
-  aclDataType dtype = ACL_DT_UNDEFINED;
-  aclFormat format = ACL_FORMAT_ND;
+  int dtype = ACL_DT_UNDEFINED;                  // aclDataType and aclFormat, or what else the caller passed
+  int format = ACL_FORMAT_ND;
   void* data = nullptr;  // device address of the storage's base
 };
 struct aclScalar {
-  aclDataType dtype;
+  int dtype;
   alignas(16) unsigned char value[16];  // of any of the types
 };
 struct aclIntArray {
@@ -54,7 +54,7 @@ struct aclOpExecutor {
 namespace emulator {
 
 // Bits of one element; 0 for a dtype that the emulator does not know.
-int ElementBits(aclDataType dtype);
+int ElementBits(int dtype);
 
 // The product of sizes, of which a negative one counts as 0; the largest int64_t where it does not fit.
 int64_t ElementCount(const std::vector<int64_t>& sizes);
@@ -63,20 +63,19 @@ int64_t ElementCount(const std::vector<int64_t>& sizes);
 // storage, and its storage inside one live allocation of the current device. An empty view is fine.
 int CheckTensor(const char* op, const char* parameter, const aclTensor& tensor);
 
-// False for what was destroyed, or never was a tensor (an array).
-bool IsLiveTensor(const aclTensor* tensor);
-bool IsLiveIntArray(const aclIntArray* array);
+// Whether a caller's pointer may be followed: false for what was destroyed, or never was an object of the
+// kind, and for a list with such a member. Of aclTensor, aclScalar, the arrays and the lists.
+template <class T>
+bool IsLive(const T* object);
 
 // Takes the executor over to the caller of phase 1 (counted as live). `executor` must not be null.
 void Publish(aclOpExecutor made, uint64_t* workspace_size, aclOpExecutor** executor);
 
-// Phase 2 of every operator: checks executor (unknown or used ones included) and workspace, queues the run
-// with copies of everything, and ends a one-shot executor whether it succeeds or fails. Status codes are
-// contract.md g's, before an operator maps them.
-int Launch(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream);
-
-// What a failing phase 2 does: ends the executor unless it is repeatable.
-void Abandon(aclOpExecutor* executor);
+// Phase 2 of the operator `name`, from emulator_call on: checks executor (unknown, used and other operators'
+// ones included) and workspace, queues the run with copies of everything, and ends a one-shot executor
+// whether it succeeds or fails. Status codes are contract.md g's, before an operator maps them.
+int Launch(const char* name, void* workspace, uint64_t workspace_size, aclOpExecutor* executor,
+           aclrtStream stream);
 
 }  // namespace emulator
 #pragma GCC visibility pop

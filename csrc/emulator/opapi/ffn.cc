@@ -38,11 +38,7 @@ int Prepare(const FfnCall& call, uint64_t* workspace_size, aclOpExecutor** execu
 // Phase 2; the vendor maps every failure to one code (contract g).
 int Phase2(const char* function, void* workspace, uint64_t size, aclOpExecutor* executor,
            aclrtStream stream) {
-  if (const int status = emulator_call(function)) {
-    Abandon(executor);
-    return status;
-  }
-  return Launch(workspace, size, executor, stream) == 0 ? 0 : kInner;
+  return Launch(function, workspace, size, executor, stream) == 0 ? 0 : kInner;
 }
 
 }  // namespace

@@ -39,14 +39,14 @@ constexpr Name kActivations[] = {{"fastgelu", Activation::kFastGelu}, {"gelu", A
 
 bool IsGlu(Activation activation) { return activation >= Activation::kGeglu; }
 
-bool IsKnown(aclFormat format) { return format >= ACL_FORMAT_NCHW && format <= ACL_FORMAT_FRACTAL_NZ_C0_8; }
+bool IsKnown(int format) { return format >= ACL_FORMAT_NCHW && format <= ACL_FORMAT_FRACTAL_NZ_C0_8; }
 
-bool IsNz(aclFormat format) {
+bool IsNz(int format) {
   return format == ACL_FORMAT_FRACTAL_NZ ||
          (format >= ACL_FORMAT_FRACTAL_NZ_C0_16 && format <= ACL_FORMAT_FRACTAL_NZ_C0_8);
 }
 
-bool IsPrivate(aclFormat format) {
+bool IsPrivate(int format) {
   return IsNz(format) || format == ACL_FORMAT_NC1HWC0 || format == ACL_FORMAT_FRACTAL_Z ||
          format == ACL_FORMAT_NC1HWC0_C04 || format == ACL_FORMAT_NDC1HWC0 || format == ACL_FRACTAL_Z_3D;
 }
@@ -76,7 +76,7 @@ class Checks {
  private:
   bool has(Parameter p) const { return call_.tensors[p] != nullptr; }
   const aclTensor& t(Parameter p) const { return *call_.tensors[p]; }
-  aclDataType dtype(Parameter p) const { return t(p).dtype; }
+  int dtype(Parameter p) const { return t(p).dtype; }
   size_t rank(Parameter p) const { return t(p).shape.size(); }
   bool experts() const { return plan_.E > 0; }
 
@@ -100,11 +100,11 @@ class Checks {
       if (!has(p)) return Fail(kNull, p, "is null");
     }
     for (int p = 0; p < kParameters; ++p) {  // the device would read freed memory
-      if (call_.tensors[p] != nullptr && !IsLiveTensor(call_.tensors[p])) {
+      if (call_.tensors[p] != nullptr && !IsLive(call_.tensors[p])) {
         return Fail(kInvalid, static_cast<Parameter>(p), "was destroyed");
       }
     }
-    if (call_.token_list != nullptr && !IsLiveIntArray(call_.token_list)) {
+    if (call_.token_list != nullptr && !IsLive(call_.token_list)) {
       return Fail(kInvalid, kExpertTokens, "was destroyed");
     }
     if (has(kDeqScale1) && has(kDeqScale2) && dtype(kDeqScale1) != dtype(kDeqScale2)) {
@@ -138,13 +138,17 @@ class Checks {
       total = call_.tokens_index_flag ? value : value > INT64_MAX - total ? INT64_MAX : total + value;
       before = value;
     }
-    return total == Rows(t(kX).shape) ? 0 : Fail(kInvalid, "expertTokens does not add up to the rows of x");
+    const int64_t rows = Rows(t(kX).shape);
+    if (total == rows) return 0;
+    return emulator_error(kInvalid, "%s: expertTokens %s %lld, but x has %lld rows (they must be equal)",
+                          call_.function, call_.tokens_index_flag ? "ends at" : "adds up to",
+                          static_cast<long long>(total), static_cast<long long>(rows));
   }
 
   // Steps 8 to 16
   int Shapes() {
     for (const Parameter p : {kX, kWeight1, kWeight2, kY}) {
-      const aclFormat format = t(p).format;
+      const int format = t(p).format;
       if (!IsKnown(format)) return Fail(kInvalid, p, "has an unknown format");
       if (IsPrivate(format) && !(IsNz(format) && IsAscend310P())) {
         return Fail(kInvalid, p, "has a private format");
@@ -224,7 +228,7 @@ class Checks {
 
   // c.2
   int DTypes() {
-    const aclDataType x = dtype(kX), w = dtype(kWeight1), y = dtype(kY);
+    const int x = dtype(kX), w = dtype(kWeight1), y = dtype(kY);
     if (x != ACL_FLOAT16 && x != ACL_BF16 && x != ACL_INT8) return Fail(kInvalid, kX, "has the wrong dtype");
     if (w != dtype(kWeight2)) return Fail(kInvalid, "weight1 and weight2 differ in dtype");
     if (w != ACL_FLOAT16 && w != ACL_BF16 && w != ACL_INT8 && w != ACL_INT4) {
@@ -272,7 +276,7 @@ class Checks {
     for (const Parameter p : {kScale, kOffset, kDeqScale1, kDeqScale2}) {
       if (!has(p)) return Fail(kInvalid, p, "is null, but int8 x needs it");
     }
-    const aclDataType deq = dtype(kDeqScale1);
+    const int deq = dtype(kDeqScale1);
     if (dtype(kY) == ACL_BF16 ? deq != ACL_BF16 : deq != ACL_UINT64 && deq != ACL_INT64 && deq != ACL_FLOAT) {
       return Fail(kInvalid, kDeqScale1, "has the wrong dtype for y");
     }

@@ -249,21 +249,30 @@ std::vector<T> Product(const T* row, const std::vector<T>& weight, const std::ve
   return sums;
 }
 
-// The end row of each expert; false for values that do not fit M rows (contract d: undefined on a device).
-bool RowEnds(const FfnPlan& plan, const aclTensor& tokens, std::vector<int64_t>* ends) {
+// The end row of each expert; the error of values that do not fit M rows (contract d: undefined on a device).
+int RowEnds(const FfnPlan& plan, const aclTensor& tokens, std::vector<int64_t>* ends) {
   if (plan.E == 0) {
     *ends = {plan.M};
-    return true;
+    return 0;
   }
   *ends = plan.list ? plan.token_list : Integers(tokens);
   int64_t before = 0;
-  for (int64_t& value : *ends) {
-    if (value < 0) return false;
-    if (!plan.tokens_index_flag && __builtin_add_overflow(value, before, &value)) return false;
-    if (value < before || value > plan.M) return false;
-    before = value;
+  for (size_t e = 0; e < ends->size(); ++e) {
+    const int64_t value = (*ends)[e];
+    int64_t end = value;
+    const bool overflow = !plan.tokens_index_flag && __builtin_add_overflow(value, before, &end);
+    if (overflow || value < 0 || end < before || end > plan.M) {
+      return emulator_error(
+          561000,
+          "FFN: expertTokens[%zu] is %lld, after %lld of the %lld rows of x, but values must "
+          "not be negative%s, and must end within x (undefined on a device; "
+          "FFN_OPS_CHECK_TOKENS=1 makes torch.ops.ffn.ffn check them at its call)",
+          e, static_cast<long long>(value), static_cast<long long>(before), static_cast<long long>(plan.M),
+          plan.tokens_index_flag ? " or decrease" : "");
+    }
+    (*ends)[e] = before = end;
   }
-  return true;
+  return 0;
 }
 
 // The pipeline of one call, with its operands unpacked once.
@@ -388,10 +397,7 @@ int RunFfn(const FfnPlan& plan, const std::vector<aclTensor>& tensors) {
     return emulator_error(561000, "FFN: the emulator does not know how FRACTAL_NZ lies in memory");
   }
   std::vector<int64_t> ends;
-  if (!RowEnds(plan, tensors[kExpertTokens], &ends)) {
-    return emulator_error(561000, "FFN: expertTokens does not fit the %lld rows of x (undefined on a device)",
-                          static_cast<long long>(plan.M));
-  }
+  if (const int status = RowEnds(plan, tensors[kExpertTokens], &ends)) return status;
   const Ffn ffn(plan, tensors);
   const bool bf16 = tensors[kY].dtype == ACL_BF16;
   Elements y(tensors[kY]);

@@ -26,17 +26,30 @@ extern "C" {
 
 aclTensorDesc* aclCreateTensorDesc(aclDataType dtype, int rank, const int64_t* shape, aclFormat format) {
   before_aclop();
+  if (rank < 0 || (shape == nullptr && rank > 0)) {
+    emulator_error(emulator::kInvalidParam, "%s: %d dimensions at %p", __func__, rank,
+                   static_cast<const void*>(shape));
+    return nullptr;
+  }
   return new aclTensorDesc{dtype, format, std::vector<int64_t>(shape, shape + rank)};
 }
 void aclDestroyTensorDesc(const aclTensorDesc* desc) { delete desc; }
 aclError aclGetTensorDescDimV2(const aclTensorDesc* desc, size_t index, int64_t* size) {
-  if (index >= desc->shape.size()) return emulator::kInvalidParam;
+  RESULTS(desc, size);
+  if (index >= desc->shape.size()) {
+    return emulator_error(emulator::kInvalidParam, "%s: size %zu of %zu", __func__, index,
+                          desc->shape.size());
+  }
   *size = desc->shape[index];
   return 0;
 }
-aclFormat aclGetTensorDescFormat(const aclTensorDesc* desc) { return desc->format; }
-size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc->shape.size(); }
-aclDataType aclGetTensorDescType(const aclTensorDesc* desc) { return desc->dtype; }
+aclFormat aclGetTensorDescFormat(const aclTensorDesc* desc) {
+  return desc != nullptr ? desc->format : ACL_FORMAT_UNDEFINED;
+}
+size_t aclGetTensorDescNumDims(const aclTensorDesc* desc) { return desc != nullptr ? desc->shape.size() : 0; }
+aclDataType aclGetTensorDescType(const aclTensorDesc* desc) {
+  return desc != nullptr ? desc->dtype : ACL_DT_UNDEFINED;
+}
 void aclSetTensorDescName(aclTensorDesc*, const char*) {}
 aclError aclSetTensorFormat(aclTensorDesc*, aclFormat) { return 0; }
 aclError aclSetTensorPlaceMent(aclTensorDesc*, aclMemType) { return 0; }
@@ -71,12 +84,14 @@ aclError aclopCompileAndExecute(const char* type, int, const aclTensorDesc* cons
 aclError aclSetCompileopt(aclCompileOpt, const char*) { return 0; }
 size_t aclGetCompileoptSize(aclCompileOpt) { return sizeof "disable"; }
 aclError aclGetCompileopt(aclCompileOpt, char* value, size_t size) {
+  RESULTS(value);
   std::snprintf(value, size, "disable");
   return 0;
 }
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt, int64_t) { return 0; }
 aclError aclrtSetSysParamOpt(aclSysParamOpt, int64_t) { return 0; }
 aclError aclrtGetSysParamOpt(aclSysParamOpt, int64_t* value) {
+  RESULTS(value);
   *value = 0;
   return 0;
 }

@@ -3,6 +3,7 @@
 // sets them. Every ABI function passes through emulator_call.
 #include <fnmatch.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -46,6 +47,11 @@ namespace emulator {
 void Count(const char* counter, long change) {
   std::lock_guard lock(control().mutex);
   control().counters[counter] += change;
+}
+
+int CheckResults(const char* function, std::initializer_list<const void*> results) {
+  if (std::find(results.begin(), results.end(), nullptr) == results.end()) return 0;
+  return emulator_error(kInvalidParam, "%s: a pointer for the result is null", function);
 }
 
 int TaskDelay() { return task_delay; }
@@ -114,11 +120,11 @@ EMULATOR_API void emulator_read_trace(char* buffer, size_t size) {
   CopyOut(control().trace, buffer, size);
 }
 
-// Makes the k-th call from now whose name matches fail; k = 0 disarms.
+// Makes the k-th call from now whose name matches (null: every name does) fail; k = 0 disarms.
 EMULATOR_API void emulator_fail_at(long k, const char* pattern) {
   std::lock_guard lock(control().mutex);
   control().fail_in = k;
-  control().fail_pattern = pattern;
+  control().fail_pattern = pattern != nullptr ? pattern : "*";
   if (k > 0) control().failed.clear();
 }
 
@@ -129,6 +135,6 @@ EMULATOR_API void emulator_failed(char* buffer, size_t size) {
 }
 
 EMULATOR_API void emulator_slow(int launch_us, int task_us) {
-  launch_delay = launch_us;
-  task_delay = task_us;
+  launch_delay = std::max(launch_us, 0);
+  task_delay = std::max(task_us, 0);
 }

@@ -2,6 +2,7 @@
 // Initialisation, devices, contexts and what the machine says of itself.
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -16,6 +17,8 @@ std::string& soc = *new std::string("Ascend910B1");  // never destroyed: threads
 int device_count = 2;
 char contexts[kMostDevices];  // a device's context is the address of its element
 thread_local int current_device = -1;
+enum class Life { kNew, kInitialized, kFinalized };
+std::atomic<Life> life{Life::kNew};
 
 // Cores of the cube and of the vector unit, as the SoCs have them (contract f for 910B3; 24 and 48 on 910B1
 // and B2).
@@ -47,11 +50,22 @@ extern "C" {
 
 aclError aclInit(const char*) {
   CALL();
+  if (life.exchange(Life::kInitialized) == Life::kInitialized) {
+    return emulator_error(emulator::kRepeatInitialize, "%s: it was called before", __func__);
+  }
   return 0;
 }
 
 aclError aclFinalize() {
   CALL();
+  const Life before = life;
+  if (before == Life::kNew) {
+    return emulator_error(emulator::kUninitialized, "%s: aclInit was not called", __func__);
+  }
+  if (before == Life::kFinalized) {
+    return emulator_error(emulator::kRepeatFinalize, "%s: it was called before", __func__);
+  }
+  life = Life::kFinalized;
   return emulator::WaitForStreams(-1);
 }
 
@@ -61,6 +75,7 @@ const char* aclrtGetSocName() { return soc.c_str(); }
 
 aclError aclrtGetDeviceCount(uint32_t* count) {
   CALL();
+  RESULTS(count);
   *count = static_cast<uint32_t>(device_count);
   return 0;
 }
@@ -80,6 +95,7 @@ aclError aclrtResetDevice(int32_t device) {
 
 aclError aclrtGetDevice(int32_t* device) {
   CALL();
+  RESULTS(device);
   if (current_device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
   *device = current_device;
   return 0;
@@ -87,6 +103,7 @@ aclError aclrtGetDevice(int32_t* device) {
 
 aclError aclrtGetCurrentContext(aclrtContext* context) {
   CALL();
+  RESULTS(context);
   if (current_device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
   *context = &contexts[current_device];
   return 0;
@@ -112,6 +129,7 @@ aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, int32_t* activ
 
 aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo info, int64_t* value) {
   CALL();
+  RESULTS(value);
   *value = info == ACL_DEVICE_INFO_AI_CORE_NUM       ? CubeCores()
            : info == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? CubeCores() * 2
                                                      : int64_t{192} << 20;
@@ -120,6 +138,7 @@ aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo info, int64_t* value) {
 
 aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t device, int32_t peer) {
   CALL();
+  RESULTS(can);
   if (const int status = Known(__func__, device)) return status;
   if (const int status = Known(__func__, peer)) return status;
   *can = 1;
@@ -133,6 +152,7 @@ aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t) {
 
 aclError aclrtDeviceGetBareTgid(int32_t* pid) {
   CALL();
+  RESULTS(pid);
   *pid = getpid();
   return 0;
 }

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory: a memory file mapped twice. The device address that callers hold may not be touched by the
-// host, so a host access faults as it would go wrong on a device; stream tasks and copies use the other view.
+// Device memory: two ranges of addresses. The one that callers hold may not be touched by the host, so a host
+// access faults as it would go wrong on a device; stream tasks and copies use the other one, the host's view.
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <set>
 
 #include "emulator/runtime/runtime.h"
@@ -16,12 +18,13 @@ namespace {
 
 constexpr size_t kDeviceBytes = size_t{64} << 30;  // that of a 910B
 constexpr size_t kPage = 4096;
+constexpr size_t kPoisonBytes = size_t{16} << 20;
 constexpr int kPoison =
     0xFB;  // fresh memory: a large negative number in every dtype, never the zero one hopes for
 
 struct Block {
-  char* host;
-  size_t size;    // as asked for
+  char* host;   // null once it is freed: the address is never given out again, so that a later use is noticed
+  size_t size;  // as asked for
   size_t mapped;  // in whole pages
   int device;
 };
@@ -38,26 +41,72 @@ Memory& memory() {
   return m;
 }
 
-// The block that holds [address, address + size), or null. The caller holds the mutex.
+// A view of fresh memory, or null. All views are private copies of one file of poison, so that a page takes
+// room when it is first written.
+char* MapPoisoned(size_t bytes) {
+  static const int file = [] {
+    const int made = memfd_create("poison of emulated device memory", MFD_CLOEXEC);
+    if (made < 0 || ftruncate(made, kPoisonBytes) != 0) return -1;
+    void* const all = mmap(nullptr, kPoisonBytes, PROT_READ | PROT_WRITE, MAP_SHARED, made, 0);
+    if (all == MAP_FAILED) return -1;
+    std::memset(all, kPoison, kPoisonBytes);
+    munmap(all, kPoisonBytes);
+    return made;
+  }();
+  void* const view = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (view == MAP_FAILED) return nullptr;
+  for (size_t at = 0; at < bytes; at += kPoisonBytes) {
+    if (mmap(static_cast<char*>(view) + at, std::min(kPoisonBytes, bytes - at), PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, file, 0) == MAP_FAILED) {
+      munmap(view, bytes);
+      return nullptr;
+    }
+  }
+  return static_cast<char*>(view);
+}
+
+// What the host has for all devices together.
+size_t HostBytes() {
+  static const size_t bytes =
+      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+// The live block that holds [address, address + size), or null. The caller holds the mutex.
 const std::pair<const uintptr_t, Block>* Find(const void* pointer, size_t size) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   auto it = memory().blocks.upper_bound(address);
   if (it == memory().blocks.begin()) return nullptr;
   --it;
   const size_t offset = address - it->first;
-  return offset < it->second.size && size <= it->second.size - offset ? &*it : nullptr;
+  const bool inside = offset < it->second.size && size <= it->second.size - offset;
+  return inside && it->second.host != nullptr ? &*it : nullptr;
 }
 
-bool IsDevice(const void* pointer) {
+// The host's view of memory of a device (-1: of any), or null.
+void* View(const void* pointer, size_t size, int device) {
   std::lock_guard lock(memory().mutex);
-  return Find(pointer, 0) != nullptr;
+  const auto* const found = Find(pointer, size);
+  if (found == nullptr || (device >= 0 && found->second.device != device)) return nullptr;
+  return found->second.host + (reinterpret_cast<uintptr_t>(pointer) - found->first);
 }
 
-// The host's view of one end of a copy, or null with an error set: the end must be where the kind says.
+// Whether a byte of [pointer, pointer + size) is or was a device's. `size` is not 0.
+bool TouchesDevice(const void* pointer, size_t size) {
+  const auto first = reinterpret_cast<uintptr_t>(pointer);
+  const size_t most = UINTPTR_MAX - first;
+  std::lock_guard lock(memory().mutex);
+  auto it = memory().blocks.upper_bound(first + std::min(size - 1, most));
+  return it != memory().blocks.begin() && (--it)->first + it->second.mapped > first;
+}
+
+// The host's view of one end of a copy, or null with an error set: the end must be where the kind says. A
+// copy reaches the memory of other devices too.
 void* End(const char* function, const char* end, const void* pointer, size_t size, bool device) {
-  void* const view = emulator_host_view(pointer, size);
-  if (device ? view != nullptr : pointer != nullptr && !IsDevice(pointer)) {
-    return device ? view : const_cast<void*>(pointer);
+  if (device) {
+    if (void* const view = View(pointer, size, -1)) return view;
+  } else if (pointer != nullptr && !TouchesDevice(pointer, size)) {
+    return const_cast<void*>(pointer);
   }
   emulator_error(emulator::kInvalidParam, "%s: %s %p with %zu bytes is not in %s memory", function, end,
                  pointer, size, device ? "one allocation of device" : "host");
@@ -100,8 +149,12 @@ struct Fill {
 int ResolveFill(const char* function, void* to, size_t capacity, int32_t value, size_t size, Fill* fill) {
   if (size > capacity)
     return emulator_error(emulator::kInvalidParam, "%s: %zu bytes into %zu", function, size, capacity);
-  void* const view = End(function, "destination", to, size, true);
-  if (view == nullptr) return emulator::kInvalidParam;
+  void* const view = emulator_host_view(to, size);
+  if (view == nullptr) {
+    return emulator_error(emulator::kInvalidParam,
+                          "%s: %p with %zu bytes is not in one allocation of the current device", function,
+                          to, size);
+  }
   *fill = {view, value, size};
   return 0;
 }
@@ -109,10 +162,8 @@ int ResolveFill(const char* function, void* to, size_t capacity, int32_t value, 
 }  // namespace
 
 void* emulator_host_view(const void* device, size_t size) {
-  std::lock_guard lock(memory().mutex);
-  const auto* const block = Find(device, size);
-  return block == nullptr ? nullptr
-                          : block->second.host + (reinterpret_cast<uintptr_t>(device) - block->first);
+  const int current = emulator::CurrentDevice();
+  return current < 0 ? nullptr : View(device, size, current);
 }
 
 extern "C" {
@@ -130,21 +181,19 @@ aclError aclrtMalloc(void** pointer, size_t size, aclrtMemMallocPolicy) {
     return emulator_error(emulator::kOutOfMemory, "%s: %zu bytes, but %zu are free", __func__, size,
                           kDeviceBytes - m.used[device]);
   }
+  const size_t all = std::accumulate(std::begin(m.used), std::end(m.used), size_t{0});
   const size_t mapped = (size + kPage - 1) / kPage * kPage;
-  const int file = memfd_create("emulated device memory", MFD_CLOEXEC);
-  void *host = MAP_FAILED, *address = MAP_FAILED;
-  if (file >= 0 && ftruncate(file, static_cast<off_t>(mapped)) == 0) {
-    host = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  char* host = nullptr;
+  void* address = MAP_FAILED;
+  if (all + size <= HostBytes() && (host = MapPoisoned(mapped)) != nullptr) {
     address = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
-  if (file >= 0) close(file);
-  if (host == MAP_FAILED || address == MAP_FAILED) {
-    if (host != MAP_FAILED) munmap(host, mapped);
-    if (address != MAP_FAILED) munmap(address, mapped);
-    return emulator_error(emulator::kOutOfMemory, "%s: the host has no room for %zu bytes", __func__, size);
+  if (address == MAP_FAILED) {
+    if (host != nullptr) munmap(host, mapped);
+    return emulator_error(emulator::kOutOfMemory, "%s: %zu bytes beside %zu, but the host has %zu", __func__,
+                          size, all, HostBytes());
   }
-  std::memset(host, kPoison, mapped);
-  m.blocks[reinterpret_cast<uintptr_t>(address)] = {static_cast<char*>(host), size, mapped, device};
+  m.blocks[reinterpret_cast<uintptr_t>(address)] = {host, size, mapped, device};
   m.used[device] += size;
   emulator::Count("allocations");
   emulator::Count("live_bytes", static_cast<long>(size));
@@ -156,8 +205,7 @@ aclError aclrtMallocAlign32(void** pointer, size_t size, aclrtMemMallocPolicy po
   return aclrtMalloc(pointer, size, policy);
 }
 
-// Waits for the device's tasks, as the vendor's does. The address is never given out again, so that a later
-// use of it is noticed.
+// Waits for all tasks, as the vendor's does: another device's may use the memory too.
 aclError aclrtFree(void* pointer) {
   CALL();
   Memory& m = memory();
@@ -165,16 +213,18 @@ aclError aclrtFree(void* pointer) {
   {
     std::lock_guard lock(m.mutex);
     const auto it = m.blocks.find(reinterpret_cast<uintptr_t>(pointer));
-    if (it == m.blocks.end()) {
+    if (it == m.blocks.end() || it->second.host == nullptr) {
       return emulator_error(emulator::kInvalidParam, "%s: %p is not the start of live device memory",
                             __func__, pointer);
     }
-    block = it->second;
   }
-  emulator::WaitForStreams(block.device);
+  emulator::WaitForStreams(-1);
   {
     std::lock_guard lock(m.mutex);
-    if (m.blocks.erase(reinterpret_cast<uintptr_t>(pointer)) == 0) {
+    Block& live = m.blocks[reinterpret_cast<uintptr_t>(pointer)];
+    block = live;
+    live.host = nullptr;
+    if (block.host == nullptr) {
       return emulator_error(emulator::kInvalidParam, "%s: %p was freed by another thread", __func__, pointer);
     }
     m.used[block.device] -= block.size;
@@ -186,7 +236,10 @@ aclError aclrtFree(void* pointer) {
 
 aclError aclrtMallocHost(void** pointer, size_t size) {
   CALL();
-  void* const block = size > 0 ? std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage) : nullptr;
+  RESULTS(pointer);
+  if (size == 0) return emulator_error(emulator::kInvalidParam, "%s: %zu bytes", __func__, size);
+  void* const block =
+      size <= HostBytes() ? std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage) : nullptr;
   if (block == nullptr) return emulator_error(emulator::kOutOfMemory, "%s: %zu bytes", __func__, size);
   std::lock_guard lock(memory().mutex);
   memory().host_blocks.insert(block);
@@ -194,8 +247,10 @@ aclError aclrtMallocHost(void** pointer, size_t size) {
   return 0;
 }
 
+// Waits as aclrtFree: tasks may copy from and to it.
 aclError aclrtFreeHost(void* pointer) {
   CALL();
+  emulator::WaitForStreams(-1);
   {
     std::lock_guard lock(memory().mutex);
     if (memory().host_blocks.erase(pointer) == 0) {
@@ -208,6 +263,7 @@ aclError aclrtFreeHost(void* pointer) {
 
 aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free, size_t* total) {
   CALL();
+  RESULTS(free, total);
   const int device = emulator::CurrentDevice();
   if (device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
   std::lock_guard lock(memory().mutex);
@@ -242,6 +298,7 @@ aclError aclrtMemset(void* to, size_t capacity, int32_t value, size_t size) {
 
 aclError aclrtMemsetAsync(void* to, size_t capacity, int32_t value, size_t size, aclrtStream stream) {
   CALL();
+  if (const int status = emulator::CheckStream(__func__, stream)) return status;
   Fill fill{};
   if (const int status = ResolveFill(__func__, to, capacity, value, size, &fill)) return status;
   return emulator::Enqueue(__func__, stream, [fill] { std::memset(fill.to, fill.value, fill.size); });

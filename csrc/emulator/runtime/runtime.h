@@ -3,6 +3,7 @@
 // devices and SoC, memory.cc and stream.cc do the work, aclop.cc answers the older single-operator interface.
 #pragma once
 
+#include <initializer_list>
 #include <utility>
 
 #include "emulator/emulator.h"
@@ -38,11 +39,15 @@ typedef struct aclopAttr aclopAttr;
 // The first line of an ABI function (emulator.h, emulator_call).
 #define CALL() \
   if (const int status = emulator_call(__func__)) return status
+// The second line of one that answers through pointers.
+#define RESULTS(...) \
+  if (const int status = emulator::CheckResults(__func__, {__VA_ARGS__})) return status
 
 namespace emulator {
 
 // Status codes of the runtime (error_codes/rt_error_codes.h in the torch_npu wheel).
-inline constexpr int kInvalidParam = 107000, kInvalidDevice = 107001, kContextNull = 107002,
+inline constexpr int kUninitialized = 100001, kRepeatInitialize = 100002, kRepeatFinalize = 100037,
+                     kInvalidParam = 107000, kInvalidDevice = 107001, kContextNull = 107002,
                      kStreamContext = 107003, kInvalidHandle = 107017, kOutOfMemory = 207001,
                      kNotSupported = 207000, kInternalError = 507899;
 
@@ -51,6 +56,8 @@ int CurrentDevice();
 void SetCurrentDevice(int device);
 
 void Count(const char* counter, long change = 1);
+// kInvalidParam, with a message, when one of the pointers is null.
+int CheckResults(const char* function, std::initializer_list<const void*> results);
 // Microseconds by which slow() holds up each stream task, and each operator's launch on the caller's thread.
 int TaskDelay();
 int LaunchDelay();
@@ -68,6 +75,9 @@ int Enqueue(const char* function, aclrtStream stream, Work work) {
       },
       [](void* context) { delete static_cast<Work*>(context); }, new Work(std::move(work)));
 }
+
+// Zero, or the status of an unknown stream or of a current device that is not the stream's.
+int CheckStream(const char* function, aclrtStream stream);
 
 // Waits for the streams of a device (-1: of all), without counting a synchronisation. The first stream's
 // failure, or 0.

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -42,12 +43,18 @@ class Stream {
   int device() const { return device_; }
   int id() const { return id_; }
 
-  void Push(const Task& task) {
+  // False when the host has no thread left for the stream.
+  bool Push(const Task& task) {
     std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+    try {
+      if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+    } catch (const std::system_error&) {
+      return false;
+    }
     tasks_.push_back(task);
     ++pushed_;
     wake_.notify_one();
+    return true;
   }
 
   // Waits for what was pushed before; the stream's first failure, or 0.
@@ -136,25 +143,24 @@ Registry& registry() {
   return r;
 }
 
-// The stream behind a handle, the current device's default for null; null with an error set when there is
-// none.
-std::shared_ptr<Stream> Find(const char* function, aclrtStream handle) {
+// Finds the stream behind a handle, the current device's default for null; the status when there is none.
+int Find(const char* function, aclrtStream handle, std::shared_ptr<Stream>* found) {
   Registry& r = registry();
   std::lock_guard lock(r.mutex);
   if (handle != nullptr) {
     const auto it = r.streams.find(handle);
-    if (it != r.streams.end()) return it->second;
-    emulator_error(emulator::kInvalidHandle, "%s: %p is no live stream", function, handle);
-    return nullptr;
+    if (it == r.streams.end()) {
+      return emulator_error(emulator::kInvalidHandle, "%s: %p is no live stream", function, handle);
+    }
+    *found = it->second;
+    return 0;
   }
   const int device = emulator::CurrentDevice();
-  if (device < 0) {
-    emulator_error(emulator::kContextNull, "%s: no device was set", function);
-    return nullptr;
-  }
+  if (device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", function);
   auto& stream = r.defaults[device];
   if (stream == nullptr) stream = std::make_shared<Stream>(device, r.next_id++);
-  return stream;
+  *found = stream;
+  return 0;
 }
 
 std::shared_ptr<Event> FindEvent(const char* function, aclrtEvent handle) {
@@ -166,25 +172,27 @@ std::shared_ptr<Event> FindEvent(const char* function, aclrtEvent handle) {
   return nullptr;
 }
 
+// Finds a stream of the current device.
+int FindCurrent(const char* function, aclrtStream handle, std::shared_ptr<Stream>* found) {
+  if (const int status = Find(function, handle, found)) return status;
+  if ((*found)->device() == emulator::CurrentDevice()) return 0;
+  return emulator_error(emulator::kStreamContext, "%s: the stream is of device %d, but device %d is current",
+                        function, (*found)->device(), emulator::CurrentDevice());
+}
+
 int Enqueue(const char* function, aclrtStream handle, const Task& task) {
-  const std::shared_ptr<Stream> stream = Find(function, handle);
-  if (stream == nullptr) {
-    task.drop(task.context);
-    return emulator::kInvalidHandle;
+  std::shared_ptr<Stream> stream;
+  int status = FindCurrent(function, handle, &stream);
+  if (status == 0 && !stream->Push(task)) {
+    status = emulator_error(emulator::kInternalError, "%s: the host has no thread for the stream", function);
   }
-  if (stream->device() != emulator::CurrentDevice()) {
-    task.drop(task.context);
-    return emulator_error(emulator::kStreamContext,
-                          "%s: the stream is of device %d, but device %d is current", function,
-                          stream->device(), emulator::CurrentDevice());
-  }
-  stream->Push(task);
-  return 0;
+  if (status != 0) task.drop(task.context);
+  return status;
 }
 
 int Synchronize(const char* function, aclrtStream handle) {
-  const std::shared_ptr<Stream> stream = Find(function, handle);
-  if (stream == nullptr) return emulator::kInvalidHandle;
+  std::shared_ptr<Stream> stream;
+  if (const int status = Find(function, handle, &stream)) return status;
   emulator::Count("synchronizations");
   return stream->Wait();
 }
@@ -203,6 +211,11 @@ namespace emulator {
 int Enqueue(const char* function, aclrtStream stream, int (*task)(void*), void (*drop)(void*),
             void* context) {
   return ::Enqueue(function, stream, {task, drop, context});
+}
+
+int CheckStream(const char* function, aclrtStream stream) {
+  std::shared_ptr<Stream> found;
+  return FindCurrent(function, stream, &found);
 }
 
 int WaitForStreams(int device) {
@@ -236,6 +249,7 @@ extern "C" {
 
 aclError aclrtCreateStreamWithConfig(aclrtStream* handle, uint32_t, uint32_t) {
   CALL();
+  RESULTS(handle);
   const int device = emulator::CurrentDevice();
   if (device < 0) return emulator_error(emulator::kContextNull, "%s: no device was set", __func__);
   Registry& r = registry();
@@ -281,28 +295,32 @@ aclError aclrtSynchronizeStreamWithTimeout(aclrtStream handle, int32_t) {
 
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status_out) {
   CALL();
-  const std::shared_ptr<Stream> stream = Find(__func__, handle);
-  if (stream == nullptr) return emulator::kInvalidHandle;
+  RESULTS(status_out);
+  std::shared_ptr<Stream> stream;
+  if (const int status = Find(__func__, handle, &stream)) return status;
   *status_out = stream->Busy() ? ACL_STREAM_STATUS_NOT_READY : ACL_STREAM_STATUS_COMPLETE;
   return 0;
 }
 
 aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
   CALL();
-  const std::shared_ptr<Stream> stream = Find(__func__, handle);
-  if (stream == nullptr) return emulator::kInvalidHandle;
+  RESULTS(id);
+  std::shared_ptr<Stream> stream;
+  if (const int status = Find(__func__, handle, &stream)) return status;
   *id = stream->id();
   return 0;
 }
 
 aclError aclrtSetStreamOverflowSwitch(aclrtStream handle, uint32_t) {  // torch_npu's, on the 310P
   CALL();
-  return Find(__func__, handle) == nullptr ? emulator::kInvalidHandle : 0;
+  std::shared_ptr<Stream> stream;
+  return Find(__func__, handle, &stream);
 }
 
 aclError aclrtSetStreamFailureMode(aclrtStream handle, uint64_t) {
   CALL();
-  return Find(__func__, handle) == nullptr ? emulator::kInvalidHandle : 0;
+  std::shared_ptr<Stream> stream;
+  return Find(__func__, handle, &stream);
 }
 
 aclError aclrtSynchronizeDevice() {
@@ -317,6 +335,7 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t) {
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent* handle, uint32_t) {
   CALL();
+  RESULTS(handle);
   auto event = std::make_shared<Event>();
   *handle = event.get();
   Registry& r = registry();
@@ -346,7 +365,8 @@ aclError aclrtDestroyEvent(aclrtEvent handle) {
 aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
   CALL();
   if (FindEvent(__func__, handle) == nullptr) return emulator::kInvalidHandle;
-  return Find(__func__, stream) == nullptr ? emulator::kInvalidHandle : 0;
+  std::shared_ptr<Stream> found;
+  return Find(__func__, stream, &found);
 }
 
 aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
@@ -399,6 +419,7 @@ aclError aclrtSynchronizeEvent(aclrtEvent handle) {
 
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status_out) {
   CALL();
+  RESULTS(status_out);
   const std::shared_ptr<Event> event = FindEvent(__func__, handle);
   if (event == nullptr) return emulator::kInvalidHandle;
   *status_out = event->Complete() ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
@@ -407,6 +428,7 @@ aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* stat
 
 aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus* status_out) {
   CALL();
+  RESULTS(status_out);
   const std::shared_ptr<Event> event = FindEvent(__func__, handle);
   if (event == nullptr) return emulator::kInvalidHandle;
   *status_out = event->Complete() ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
@@ -415,6 +437,7 @@ aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus* stat
 
 aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent from, aclrtEvent to) {
   CALL();
+  RESULTS(milliseconds);
   const std::shared_ptr<Event> begin = FindEvent(__func__, from), end = FindEvent(__func__, to);
   if (begin == nullptr || end == nullptr) return emulator::kInvalidHandle;
   const auto first = begin->Time(), last = end->Time();
