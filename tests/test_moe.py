@@ -16,6 +16,7 @@ from strategies import Call, calls, to_numpy
 from tolerance import assert_moe_close
 
 import reference
+from ffn_ops import _native
 from ffn_ops.contract import MODES
 
 pytestmark = pytest.mark.cpu_only

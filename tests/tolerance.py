@@ -103,15 +103,18 @@ def _through(step: Callable[[Array], Array], v: Interval) -> Interval:
 class Kernel(NamedTuple):
     """What a kernel may do beyond summing float32 products in any order.
 
-    stepwise: evaluate activations in float16 steps where the contract does, as an NPU. tiles: multiply bf16 on
-    tiles that take subnormals for zero, and float16 as the sum of two bf16 without the product of both rests.
+    stepwise: evaluate activations in float16 steps where the contract does, as an NPU. tiles: multiply bf16
+    on tiles that take subnormals for zero, and float16 as two bf16 without the product of both rests.
     """
 
     stepwise: bool = False
     tiles: bool = False
 
 
-def bound(*args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> Array:
+PLAIN = Kernel()
+
+
+def bound(*args: Any, kernel: Kernel = PLAIN, **kwargs: Any) -> Array:
     """The largest admissible |kernel - reference.ffn(...)| of each cell, as float64; same arguments as that.
 
     An infinity counts as the power of two after y's largest finite value. A bound of inf allows anything, NaN
@@ -121,13 +124,13 @@ def bound(*args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> Array:
 
 
 @np.errstate(all="ignore")
-def assert_close(actual: Array, *args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> None:
+def assert_close(actual: Array, *args: Any, kernel: Kernel = PLAIN, **kwargs: Any) -> None:
     """Asserts |actual - reference.ffn(...)| <= bound(...) in every cell; reports the worst one."""
     _assert_within(actual, *_reference_and_bound(kernel, *args, **kwargs))
 
 
 @np.errstate(all="ignore")
-def assert_moe_close(actual: Array, *args: Any, kernel: Kernel = Kernel(), **kwargs: Any) -> None:
+def assert_moe_close(actual: Array, *args: Any, kernel: Kernel = PLAIN, **kwargs: Any) -> None:
     """assert_close for reference.moe."""
     _assert_within(actual, *_moe_reference_and_bound(kernel, *args, **kwargs))
 

@@ -74,17 +74,22 @@ struct FreeAligned {
 
 // Columns of a task: what its tile holds, but at least two tasks a worker. Bits do not depend on it
 // (gemm-inl.h).
-int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
-                    int64_t workers) {
+int64_t TaskColumns(const Problem& p, const Product& product, int64_t columns,
+                    const std::vector<Segment>& segments, int64_t workers) {
   // The right half of a GLU may begin inside a panel, which must fit the tile too.
   if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   // A transposed weight is contiguous along K, so nothing is gained from wide tasks.
   if (!product.weight->packed && product.weight->col_stride != 1) return kMinColumns;
   int64_t most_rows = 0;
-  for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
-  // Only so do blocks of kKBlock rows fit the scratch for panels, when it is used.
-  const bool panels = !product.weight->packed || most_rows > kFewRows;
-  if (product.channels->antiquant_scale != nullptr && panels) return kMinColumns;
+  bool tiles = false;
+  for (const Segment& segment : segments) {
+    most_rows = std::max(most_rows, segment.rows);
+    tiles = tiles || segment.left != Left::kFloat;
+  }
+  // Only so do blocks of kKBlock rows, where they must be whole, fit the scratch for panels, where it is used.
+  const bool antiquant = product.channels->antiquant_scale != nullptr;
+  const bool expanded = tiles ? antiquant || p.weight_dtype == DType::kFloat16 : most_rows > kFewRows;
+  if ((antiquant || tiles) && (expanded || !product.weight->packed)) return kMinColumns;
   int64_t width = kMinColumns;
   while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
          static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {
@@ -124,7 +129,11 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
     for (int64_t row = wave.first_row; row < end;) {
       while (p.row_ends[expert] <= row) ++expert;
       const int64_t rows = std::min(p.row_ends[expert], end) - row;
-      segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, rows)});
+      // By the rows of the whole call: where it is cut into waves must not show in anyone's bits.
+      const int64_t expert_rows = p.call_rows != nullptr
+                                      ? p.call_rows[expert]
+                                      : p.row_ends[expert] - (expert > 0 ? p.row_ends[expert - 1] : 0);
+      segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, expert_rows)});
       row += rows;
     }
 
@@ -142,7 +151,7 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
             });
 
     const auto run_product = [&](const Product& product, int64_t columns, auto task) {
-      const int64_t width = TaskColumns(product, columns, segments, workers);
+      const int64_t width = TaskColumns(p, product, columns, segments, workers);
       const int64_t blocks = RoundUp(columns, width) / width;
       ForEach(parallel, workers, static_cast<int64_t>(segments.size()) * blocks,
               [&](int64_t i, int64_t worker) {

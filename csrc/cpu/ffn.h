@@ -69,6 +69,8 @@ struct Problem {
   const float* offset = nullptr;  // w8a8: [E]
   const int64_t* row_ends =
       nullptr;  // [E]: expert e owns rows [row_ends[e - 1], row_ends[e]); row_ends[E - 1] == M
+  // For RunMoe, which takes a call in chunks: [E], the rows of each expert in all of them.
+  const int64_t* call_rows = nullptr;
   const Assignment* assignments = nullptr;  // [M], for RunMoe; then y is float32 [.., N2]
   void* y = nullptr;
 };

@@ -112,7 +112,7 @@ struct Combination {
 // The entry points of one instruction set. A task covers columns [column, column + columns) of one segment.
 struct Kernels {
   const char* name;
-  // How a segment of `rows` rows stores its left operands.
+  // How the segments of an expert that has `rows` rows in this call store their left operands.
   Left (*left_of)(const Problem& problem, int64_t rows);
   // Rows [row, row + rows) of a segment, from x into the first product's left operand.
   void (*load_rows)(const Wave& wave, const Segment& segment, int64_t row, int64_t rows);

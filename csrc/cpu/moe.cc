@@ -85,6 +85,10 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
   const Chunk chunk = PlanChunk(p, routing);
   Sorted sorted(p, routing, chunk.tokens);
   const std::unique_ptr<float[]> results(new float[static_cast<size_t>(chunk.results)]);
+  std::vector<int64_t> call_rows(static_cast<size_t>(p.E));
+  for (int64_t slot = 0; slot < p.M * routing.top_k; ++slot) {
+    if (routing.ids[slot] < p.E) ++call_rows[static_cast<size_t>(routing.ids[slot])];
+  }
   const size_t x_bytes = p.x_dtype == DType::kInt8 ? 1 : ElementBytes(p.x_dtype);
   for (int64_t token = 0; token < p.M; token += chunk.tokens) {
     const int64_t tokens = std::min(chunk.tokens, p.M - token);
@@ -93,6 +97,7 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
     experts.x = static_cast<const char*>(p.x) + static_cast<size_t>(token * p.K1) * x_bytes;
     experts.M = sorted.rows();
     experts.row_ends = sorted.ends();
+    experts.call_rows = call_rows.data();
     experts.assignments = sorted.assignments();
     experts.y = results.get();
     RunFfn(experts, parallel, isa);
@@ -116,7 +121,7 @@ size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t t
   experts.M = slots;
   return ScratchBytes(experts, threads) + static_cast<size_t>(chunk.results) * sizeof(float) +
          static_cast<size_t>(slots) * (sizeof(Assignment) + 1) +
-         static_cast<size_t>(problem.E) * sizeof(int64_t);
+         2 * static_cast<size_t>(problem.E) * sizeof(int64_t);
 }
 
 }  // namespace ffn::cpu
