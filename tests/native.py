@@ -12,6 +12,7 @@ from ffn_ops import _native
 
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
 TILES = {name: Kernel(tiles=name.startswith("amx")) for name in SUPPORTED_ISAS}  # for the bound of each
+TILES_FROM_16_ROWS = ("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16")  # where they have tiles
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

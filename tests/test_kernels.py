@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import SUPPORTED_ISAS, TILES, native_ffn
+from native import SUPPORTED_ISAS, TILES, TILES_FROM_16_ROWS, native_ffn
 from tolerance import assert_close
 
 import reference
@@ -296,8 +296,7 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(isa, mode):
     whole = native_ffn(**call, isa=isa)
     assert same_bits(native_ffn(**call, isa=isa, threads=7), whole)
     parts = ((0, 1), (1, 8), (8, 41), (41, 300), (299, 300))
-    if isa.startswith("amx") and mode in ("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"):
-        # The documented boundary: these take tiles from 16 rows on.
+    if TILES[isa].tiles and mode in TILES_FROM_16_ROWS:
         parts = ((0, 16), (16, 33), (33, 300))
         few = native_ffn(**{**call, "x": call["x"][:15]}, isa=isa)
         assert same_bits(native_ffn(**{**call, "x": call["x"][14:15]}, isa=isa), few[14:])
