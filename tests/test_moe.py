@@ -180,7 +180,7 @@ BAD = {
     "weight2 has shape [3, 16, 8], but it must be [E, K2, N2] = [4, 16, 8]": {
         "weight2": torch.zeros(3, 16, 8)
     },
-    "topk_weights is on another device than x": {"topk_weights": torch.zeros(6, 2, device="meta")},
+    "topk_weights is on meta and x on cpu, but": {"topk_weights": torch.zeros(6, 2, device="meta")},
 }
 
 
