@@ -312,13 +312,14 @@ def npu_ffn(
 def _tokens(values: Sequence[int], x: Tensor, tokens_index_flag: bool) -> Tensor:
     """The list as a tensor beside x. On the host its values can be checked, which a device's cannot."""
     try:
-        tokens = torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
+        numbers = [operator.index(value) for value in values]
+        tokens = torch.tensor(numbers, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(
             f"expert_tokens is {values!r}, but it must hold int64 numbers "
             "(pass a list of ints, or an int64 tensor)"
         ) from error
     M = contract.row_count(spec_of("x", x))
-    if x.device.type == "npu" and len(values) > 0 and M is not None:
-        contract.row_ends(tokens.tolist(), M, tokens_index_flag)
+    if x.device.type == "npu" and numbers and M is not None and not torch.compiler.is_compiling():
+        contract.row_ends(numbers, M, tokens_index_flag)
     return tokens.to(x.device)
