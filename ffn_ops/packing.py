@@ -53,7 +53,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
             f"packed is {packed.dtype} of shape {tuple(packed.shape)}, but packed int4 is torch.uint8 or "
             "torch.int32 with one dimension or more (see pack_int4)"
         )
-    pairs = packed.contiguous().view(torch.int8)
+    # An empty tensor is contiguous with any strides, so contiguous() would keep what view() refuses.
+    pairs = packed.clone(memory_format=torch.contiguous_format).view(torch.int8)
     # The right shift of int8 extends the sign of each nibble.
     return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)
 
