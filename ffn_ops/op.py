@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Spec, spec_of
+from ffn_ops.packing import is_packed
 
 
 def _load() -> ctypes.CDLL:
@@ -105,7 +106,7 @@ def _check(
         if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
-    if any(weight.dim() == 1 and weight.dtype == torch.uint8 for weight in (weight1, weight2)):
+    if is_packed(weight1) or is_packed(weight2):
         return x.dtype if x.is_floating_point() else output_dtype or torch.float16
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)

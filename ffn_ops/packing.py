@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffn_ops import _native
 from ffn_ops.contract import ContractError, Spec
 
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
@@ -134,6 +133,8 @@ def is_packed(weight: Tensor) -> bool:
 
 def packed_spec(packed: Tensor) -> Spec:
     """Dtype and shape of the weight that was packed. Raises ContractError when it is no packed weight."""
+    from ffn_ops import _native  # op.py imports this module before it looks whether anything is built
+
     try:
         return Spec(*_native.packed_spec(bytes(packed[:64].tolist()), packed.numel()))
     except ValueError as error:
