@@ -10,12 +10,14 @@ ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests
 	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
 ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 
-.PHONY: demo test test-all test-asan test-aarch64 test-npu npu-check bench bench-quick lint build clean
+.PHONY: demo test test-all test-asan test-aarch64 test-cpu test-npu npu-check bench bench-quick lint build clean
 
 demo: build
 	.venv/bin/python -m ffn_ops demo
 
-test: build test-npu
+test: test-npu test-cpu
+
+test-cpu: build
 	.venv/bin/python -m pytest -m "not slow"
 
 test-all: build test-npu test-asan test-aarch64

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ffn_ops import contract, packing
 from ffn_ops.contract import GLU
+from ffn_ops.quantize.static import activate
 
 try:
     import tomllib
@@ -265,6 +266,11 @@ class Case:
     x_scale = _X_SCALE
 
     @property
+    def operand(self) -> Tensor:
+        """x as the operator takes it."""
+        return self.x if self.x8 is None else self.x8
+
+    @property
     def histogram(self) -> list[int] | None:
         """Rows of each expert."""
         if self.routing is None:
@@ -280,23 +286,9 @@ class Case:
     def bytes(self) -> int:
         """What must be read and written at least once: the weights of the experts that have rows, x and y."""
         hit = sum(rows > 0 for rows in self.histogram) if self.routing else 1
-        x = self.x8 if self.x8 is not None else self.x
-        moved = x.nbytes + self.x.numel() * self.mode.dtype.itemsize
+        moved = self.operand.nbytes + self.x.numel() * self.mode.dtype.itemsize
         return hit * self.shape.expert_bytes(self.mode_name) + moved
 
     @property
     def mode_name(self) -> str:
         return self.mode.row.name + (f":{self.mode.group}" if self.mode.group else "")
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation in x's dtype, GLU halves included: left * act(right)."""
-    if activation in GLU:
-        left, right = x.chunk(2, -1)
-        return left * activate(right, {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}[activation])
-    functional = torch.nn.functional
-    if activation == "gelu":
-        return functional.gelu(x, approximate="tanh")
-    if activation == "fastgelu":
-        return x * torch.sigmoid(1.702 * x)
-    return {"relu": functional.relu, "silu": functional.silu}[activation](x)

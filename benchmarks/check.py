@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Product, activate
+from benchmarks.cases import Case, Product
 from ffn_ops.contract import GLU
+from ffn_ops.quantize.static import GATES, activate
 
 ROWS = 6
 COLUMNS = 2048  # of a weight in float64 at a time, so that it never exists whole
@@ -152,7 +153,7 @@ class Answer:
         unit, tiny = UNIT[self.case.mode.dtype]
         if activation in GLU:
             left, right = (Values(*ends) for ends in zip(*(t.chunk(2, 1) for t in acc), strict=True))
-            act = self._unary(right, {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}[activation])
+            act = self._unary(right, GATES[activation])
             value = left.value * act.value
             error = left.value.abs() * act.error + (act.value.abs() + act.error) * left.error
             return Values(value, error + unit * (value.abs() + error) + tiny)

@@ -13,15 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, activate
+from benchmarks.cases import Case
 from benchmarks.peers import Call, Peer, biases, only
 from ffn_ops.contract import GLU
+from ffn_ops.quantize.static import activate
 
 DEVICE = "npu:0"
 
 
 def to_npu(value: Any) -> Any:
     return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def operands(case: Case) -> dict[str, Any]:
+    """What ffn.ffn and npu_ffn take alike."""
+    return {name: to_npu(value) for name, value in (case.weights.operands | {"x": case.operand}).items()}
 
 
 def synchronous(call: Call) -> Call:
@@ -37,6 +43,7 @@ class NpuPeer(Peer):
     process = "npu"
     device = "npu"
     quick = False
+    until_done = True  # False: until the call returns, with the work under way: what the host pays
 
     def available(self) -> str | None:
         if importlib.util.find_spec("torch_npu") is None:
@@ -57,7 +64,8 @@ class NpuPeer(Peer):
         raise NotImplementedError
 
     def make(self, case: Case) -> Call:
-        return synchronous(self.call(case))
+        call = self.call(case)
+        return synchronous(call) if self.until_done else call
 
 
 class OursNpu(NpuPeer):
@@ -66,18 +74,13 @@ class OursNpu(NpuPeer):
     name = "ours on NPU"
 
     def call(self, case: Case) -> Call:
-        operands = {name: to_npu(value) for name, value in case.weights.operands.items()}
-        x = to_npu(case.x8 if case.x8 is not None else case.x)
-        return lambda: torch.ops.ffn.ffn(x, **operands)
+        given = operands(case)
+        return lambda: torch.ops.ffn.ffn(**given)
 
 
 class OursNpuCall(OursNpu):
-    """Until the call returns, with the work under way: what the host pays."""
-
     name = "ours on NPU (call)"
-
-    def make(self, case: Case) -> Call:
-        return self.call(case)
+    until_done = False
 
 
 class NpuFfn(NpuPeer):
@@ -88,19 +91,13 @@ class NpuFfn(NpuPeer):
     def call(self, case: Case) -> Call:
         import torch_npu
 
-        operands = {name: to_npu(value) for name, value in case.weights.operands.items()}
-        operands["inner_precise"] = int(case.shape.activation in GLU)
-        x = to_npu(case.x8 if case.x8 is not None else case.x)
-        return lambda: torch_npu.npu_ffn(x, **operands)
+        given = operands(case) | {"inner_precise": int(case.shape.activation in GLU)}
+        return lambda: torch_npu.npu_ffn(**given)
 
 
 class NpuFfnCall(NpuFfn):
-    """Until the call returns, with the work under way."""
-
     name = "torch_npu.npu_ffn (call)"
-
-    def make(self, case: Case) -> Call:
-        return self.call(case)
+    until_done = False
 
 
 class NpuComposition(NpuPeer):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ffn_ops
-from benchmarks.cases import Case, Product, activate
+from benchmarks.cases import Case, Product
 from ffn_ops.contract import GLU
+from ffn_ops.quantize.static import activate
 
 Call = Callable[[], Tensor]
 
@@ -78,7 +79,7 @@ def by_expert(case: Case, expert: Callable[[int, Tensor], Tensor]) -> Tensor:
     """A MoE block as a composition of torch operators: expert(e, rows of x) for every expert that has
     rows."""
     assert case.routing is not None
-    x, (ids, weights) = case.x8 if case.x8 is not None else case.x, case.routing
+    x, (ids, weights) = case.operand, case.routing
     order = ids.flatten().argsort(stable=True)
     tokens = order // ids.shape[1]
     counts = torch.bincount(ids.flatten(), minlength=case.shape.E).tolist()
@@ -106,7 +107,7 @@ class Ours(Peer):
 
     def make(self, case: Case) -> Call:
         operands = self.operands(case)
-        x = case.x8 if case.x8 is not None else case.x
+        x = case.operand
         if case.routing is None:
             return lambda: torch.ops.ffn.ffn(x, **operands)
         ids, weights = case.routing

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Product, activate
+from benchmarks.cases import Case, Product
 from benchmarks.peers import Call, Peer, biases, gate_first, linear_weights, only
+from ffn_ops import packing
+from ffn_ops.quantize.static import activate
 
 INT4_BLOCK = 16  # columns that cpu_gemm_wna16 keeps together
 INT4_PER_WORD = 8
@@ -181,9 +183,8 @@ class Wna16(Vllm):
 
 def _words(values: Tensor) -> Tensor:
     """Eight unsigned int4 along the last dimension in an int32, low bits first."""
-    shifts = 4 * torch.arange(INT4_PER_WORD, dtype=torch.int64)
-    eights = values.to(torch.int64).unflatten(-1, (-1, INT4_PER_WORD))
-    return (eights << shifts).sum(-1).to(torch.int32)
+    signed = ((values.to(torch.int8) + 8) & 15) - 8  # the int4 of the same bits
+    return packing.pack_int4(signed, torch.int32)
 
 
 PEERS = (Onednn, OnednnScaled, FusedMoe, Wna16)

@@ -5,6 +5,9 @@ Importing it loads the operator and imports torch, and nothing heavy beyond that
 """
 
 from ffn_ops import _load_torch as _load_torch  # first: it decides how torch is imported
+from ffn_ops import op as op  # second: it says so when nothing is built
+
+# isort: split
 from ffn_ops import aclnn, packing
 from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain

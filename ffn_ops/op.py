@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Spec, spec_of
+from ffn_ops.packing import is_packed
 
 
 def _load() -> ctypes.CDLL:
@@ -105,7 +106,7 @@ def _check(
         if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
-    if any(weight.dim() == 1 and weight.dtype == torch.uint8 for weight in (weight1, weight2)):
+    if is_packed(weight1) or is_packed(weight2):
         return x.dtype if x.is_floating_point() else output_dtype or torch.float16
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)
@@ -312,13 +313,14 @@ def npu_ffn(
 def _tokens(values: Sequence[int], x: Tensor, tokens_index_flag: bool) -> Tensor:
     """The list as a tensor beside x. On the host its values can be checked, which a device's cannot."""
     try:
-        tokens = torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
+        numbers = [operator.index(value) for value in values]
+        tokens = torch.tensor(numbers, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(
             f"expert_tokens is {values!r}, but it must hold int64 numbers "
             "(pass a list of ints, or an int64 tensor)"
         ) from error
     M = contract.row_count(spec_of("x", x))
-    if x.device.type == "npu" and len(values) > 0 and M is not None:
-        contract.row_ends(tokens.tolist(), M, tokens_index_flag)
+    if x.device.type == "npu" and numbers and M is not None and not torch.compiler.is_compiling():
+        contract.row_ends(numbers, M, tokens_index_flag)
     return tokens.to(x.device)

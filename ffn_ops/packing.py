@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffn_ops import _native
 from ffn_ops.contract import ContractError, Spec
 
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
@@ -53,7 +52,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
             f"packed is {packed.dtype} of shape {tuple(packed.shape)}, but packed int4 is torch.uint8 or "
             "torch.int32 with one dimension or more (see pack_int4)"
         )
-    pairs = packed.contiguous().view(torch.int8)
+    # An empty tensor is contiguous with any strides, so contiguous() would keep what view() refuses.
+    pairs = packed.clone(memory_format=torch.contiguous_format).view(torch.int8)
     # The right shift of int8 extends the sign of each nibble.
     return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)
 
@@ -133,6 +133,8 @@ def is_packed(weight: Tensor) -> bool:
 
 def packed_spec(packed: Tensor) -> Spec:
     """Dtype and shape of the weight that was packed. Raises ContractError when it is no packed weight."""
+    from ffn_ops import _native  # op.py imports this module before it looks whether anything is built
+
     try:
         return Spec(*_native.packed_spec(bytes(packed[:64].tolist()), packed.numel()))
     except ValueError as error:

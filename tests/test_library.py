@@ -2,6 +2,7 @@
 """What is shipped: the symbols _op.so needs from torch, what `import ffn_ops` loads, and the wheel itself."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,12 @@ def test_the_wheel_installs_and_runs_in_a_clean_environment(tmp_path: Path) -> N
     run(python, "-m", "ffn_ops", "doctor")  # makes a call and checks it
     program = "import ffn_ops, ffn_ops._native; print(ffn_ops.__file__)"
     assert run(python, "-c", program).startswith(str(tmp_path / "clean"))
+
+
+def test_an_import_without_the_compiled_modules_says_how_to_build_them(tmp_path):
+    package = tmp_path / "ffn_ops"
+    shutil.copytree(LIBRARY.parent, package, ignore=shutil.ignore_patterns("*.so", "emulator", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import ffn_ops"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "ImportError: ffn_ops is not built: _op.so is missing" in done.stderr

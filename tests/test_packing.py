@@ -232,6 +232,7 @@ def test_a_damaged_packed_weight_is_refused(damage, sentence):
         ([], "with an expert or more"),
         (torch.zeros(3, 4, dtype=torch.float64), "weight has a dtype that no mode has"),
         (torch.zeros(3, 4, device="meta"), "weight is on meta, but only the CPU"),
+        ([torch.zeros(4)], "weight of an expert is of rank 1, but it must be [K, N]"),
         ([torch.zeros(3, 4), torch.zeros(3, 5)], "weight of expert 1 differs from the first one"),
         ([torch.zeros(3, 4), torch.zeros(3, 4).half()], "weight of expert 1 differs from the first one"),
     ],

@@ -11,9 +11,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25  // asm-generic/mman-common.h since Linux 6.1
-#endif
 #endif
 
 namespace ffn::cpu {
@@ -77,13 +74,13 @@ void UnpackPanel(const PackedHeader& header, int64_t group, const char* panel, i
 }
 
 #if defined(__linux__)
-void AdvisePages(void* block, int64_t bytes, int advice) {
+void AskForHugePages(void* block, int64_t bytes) {
   constexpr uintptr_t kHugePage = 2 << 20;
   const auto address = reinterpret_cast<uintptr_t>(block);
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
   // Where the kernel refuses, the pages stay small and everything else as it is.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 #endif
 
@@ -156,7 +153,7 @@ Weight PackedWeight(const PackedHeader& header, const void* block) {
 
 void BeginBlock(const PackedHeader& header, void* block) {
 #if defined(__linux__)
-  AdvisePages(block, PackedBytes(header), MADV_HUGEPAGE);
+  AskForHugePages(block, PackedBytes(header));
 #endif
   std::memcpy(block, &header, sizeof(header));
 }
@@ -197,14 +194,6 @@ void Unpack(const PackedHeader& header, const void* block, const ParallelFor& pa
         return UnpackPanel<5>(header, format.group, panel, column, columns, dense);
     }
   });
-}
-
-void CollapsePages(void* block, int64_t bytes) {
-#if defined(__linux__)
-  AdvisePages(block, bytes, MADV_COLLAPSE);
-#else
-  (void)block, (void)bytes;
-#endif
 }
 
 }  // namespace ffn::cpu

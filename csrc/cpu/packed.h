@@ -49,7 +49,4 @@ void PackExpert(const PackedHeader& header, const Weight& from, int64_t expert, 
 // Unpacks a block into a dense [E, K, N].
 void Unpack(const PackedHeader& header, const void* block, const ParallelFor& parallel, void* to);
 
-// Asks Linux 6.1 or later to collect [block, block + bytes), already written, in 2 MB pages. Best effort.
-void CollapsePages(void* block, int64_t bytes);
-
 }  // namespace ffn::cpu

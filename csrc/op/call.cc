@@ -15,8 +15,6 @@
 namespace ffn::op {
 namespace {
 
-using contract::Operand;
-
 constexpr int kFromEnvironment = -1;
 thread_local int thread_target = kFromEnvironment;
 
@@ -63,21 +61,6 @@ contract::DType FromTorch(ScalarType dtype) {
 contract::Spec DescribeTensor(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {true, FromTorch(tensor.scalar_type()), std::vector<int64_t>(sizes.begin(), sizes.end())};
-}
-
-void DescribeWeight(const char* name, const Tensor& tensor, contract::Spec& weight) {
-  if (const std::optional<cpu::PackedHeader> header = PackedHeaderOf(name, tensor)) {
-    weight = cpu::SpecOf(*header);
-    return;
-  }
-  const int64_t values = weight.dtype == contract::DType::kInt32   ? 8
-                         : weight.dtype == contract::DType::kUint8 ? 2
-                                                                   : 0;
-  if (values == 0) return;
-  weight.dtype = contract::DType::kInt4;
-  if (weight.shape.empty()) return;
-  int64_t& last = weight.shape.back();
-  if (__builtin_mul_overflow(last, values, &last)) last = INT64_MAX;
 }
 
 // True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
@@ -133,15 +116,29 @@ std::optional<cpu::PackedHeader> PackedHeaderOf(const char* name, const Tensor& 
   return header;
 }
 
+contract::Spec DescribeWeight(const char* name, const Tensor& tensor) {
+  if (const std::optional<cpu::PackedHeader> header = PackedHeaderOf(name, tensor)) {
+    return cpu::SpecOf(*header);
+  }
+  contract::Spec weight = DescribeTensor(tensor);
+  const int64_t values = weight.dtype == contract::DType::kInt32   ? 8
+                         : weight.dtype == contract::DType::kUint8 ? 2
+                                                                   : 0;
+  if (values == 0) return weight;
+  weight.dtype = contract::DType::kInt4;
+  if (weight.shape.empty()) return weight;
+  int64_t& last = weight.shape.back();
+  if (__builtin_mul_overflow(last, values, &last)) last = INT64_MAX;
+  return weight;
+}
+
 contract::Call Describe(const Arguments& arguments) {
   contract::Call call;
   for (int i = 0; i <= contract::kOutOperand; ++i) {
-    if (arguments.operands[i]) call.operands[i] = DescribeTensor(*arguments.operands[i]);
-  }
-  for (const Operand name : {contract::kWeight1Operand, contract::kWeight2Operand}) {
-    if (arguments.operands[name]) {
-      DescribeWeight(contract::kOperandNames[name], *arguments.operands[name], call.operands[name]);
-    }
+    if (!arguments.operands[i]) continue;
+    const Tensor& tensor = *arguments.operands[i];
+    const bool weight = i == contract::kWeight1Operand || i == contract::kWeight2Operand;
+    call.operands[i] = weight ? DescribeWeight(contract::kOperandNames[i], tensor) : DescribeTensor(tensor);
   }
   if (arguments.output_dtype) {
     call.operands[contract::kOutputDtypeOperand] = {true, FromTorch(*arguments.output_dtype), {}};

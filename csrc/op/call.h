@@ -34,8 +34,11 @@ struct Arguments {
 // Throws std::runtime_error when it is none that this version reads, in the name of the operand `name`.
 std::optional<cpu::PackedHeader> PackedHeaderOf(const char* name, const Tensor& tensor);
 
-// What the contract sees. Weights of dtype int32 (8 values a word) and uint8 (2 a byte) are packed int4, and
-// their last size counts int4 elements. Prepacked weights are what they were packed from.
+// What the contract sees of the weight `name`. Dtypes int32 (8 values a word) and uint8 (2 a byte) are packed
+// int4, whose last size counts int4 elements; a prepacked weight is what it was packed from.
+contract::Spec DescribeWeight(const char* name, const Tensor& tensor);
+
+// What the contract sees of a call.
 contract::Call Describe(const Arguments& arguments);
 
 // The bytes from a tensor's first element to the end of its last; none for an empty tensor.
@@ -71,6 +74,9 @@ Tensor FfnNpu(const Arguments& arguments);
 
 // How a plain weight [K, N] or [E, K, N] lies in memory, when its rows or its columns are dense.
 std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype);
+
+// How torch stores elements of these; int4 two in a byte.
+ScalarType ToTorch(cpu::DType dtype);
 
 // torch's threads.
 cpu::ParallelFor TorchThreads();

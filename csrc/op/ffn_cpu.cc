@@ -17,12 +17,6 @@ namespace {
 
 using contract::Operand;
 
-ScalarType ToTorch(cpu::DType y_dtype) {
-  return y_dtype == cpu::DType::kFloat32   ? ScalarType::Float
-         : y_dtype == cpu::DType::kFloat16 ? ScalarType::Half
-                                           : ScalarType::BFloat16;
-}
-
 // Dense tensors that a Problem points into; they live as long as the call.
 class DenseTensors {
  public:

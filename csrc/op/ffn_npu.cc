@@ -94,16 +94,19 @@ void CheckFormats(const Arguments& arguments) {
   }
 }
 
-// `tensor` as dense memory. Torch's own failures come without their reason through the stable ABI.
-Tensor Dense(const aclnn::Library& library, const char* name, const Tensor& tensor) {
+// `tensor` as dense memory. What torch's exceptions say does not pass the stable ABI; torch 2.13 can be
+// asked.
+Tensor Dense(const char* name, const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   try {
     return torch::stable::contiguous(tensor);
   } catch (const std::runtime_error&) {
-    const char* const message = library.recent_message();
+    using What = const char* (*)();
+    static const auto what =
+        reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
     throw std::runtime_error(std::string(name) +
                              " has gaps, and the copy without them failed (free memory, or pass " + name +
-                             ".contiguous())" + (message == nullptr ? "" : ": " + std::string(message)));
+                             ".contiguous())" + (what == nullptr ? "" : ": " + std::string(what())));
   }
 }
 
@@ -237,7 +240,7 @@ Tensor FfnNpu(const Arguments& arguments) {
     for (int i = 0; i < aclnn::kY; ++i) {
       if (!arguments.operands[i]) continue;
       const Tensor& tensor = *arguments.operands[i];
-      dense.push_back(Dense(library, contract::kOperandNames[i], tensor));
+      dense.push_back(Dense(contract::kOperandNames[i], tensor));
       const bool weight = i == contract::kWeight1Operand || i == contract::kWeight2Operand;
       const bool int4 =
           weight && (tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Byte);

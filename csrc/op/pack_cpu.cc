@@ -3,56 +3,34 @@
 // prepack() and unpack() of. The layout is cpu/packed.h's.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "cpu/problem.h"
 #include "op/call.h"
 
 namespace ffn::op {
 namespace {
 
-// The dtype of a plain weight, by which int4 comes in bytes or words.
-cpu::DType WeightDType(const Tensor& weight) {
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      return cpu::DType::kFloat32;
-    case ScalarType::Half:
-      return cpu::DType::kFloat16;
-    case ScalarType::BFloat16:
-      return cpu::DType::kBFloat16;
-    case ScalarType::Char:
-      return cpu::DType::kInt8;
-    case ScalarType::Byte:
-    case ScalarType::Int:
-      return cpu::DType::kInt4;
+// What a block of E experts like `weight`, a [K, N], begins with.
+cpu::PackedHeader HeaderFor(const Tensor& weight, int64_t E) {
+  if (weight.dim() != 2) {
+    throw std::runtime_error("weight of an expert is of rank " + std::to_string(weight.dim()) +
+                             ", but it must be [K, N] (pass the weight of one product)");
+  }
+  const contract::Spec spec = DescribeWeight("weight", weight);
+  switch (spec.dtype) {
+    case contract::DType::kFloat32:
+    case contract::DType::kFloat16:
+    case contract::DType::kBfloat16:
+    case contract::DType::kInt8:
+    case contract::DType::kInt4:
+      return cpu::HeaderOf(cpu::FromContract(spec.dtype), E, spec.shape[0], spec.shape[1]);
     default:
       throw std::runtime_error(
           "weight has a dtype that no mode has, but it must be float32, float16, bfloat16, int8, or int4 "
-          "packed in "
-          "uint8 or int32 (convert or quantize it)");
+          "packed in uint8 or int32 (convert or quantize it)");
   }
-}
-
-ScalarType TorchDType(cpu::DType dtype) {
-  switch (dtype) {
-    case cpu::DType::kFloat32:
-      return ScalarType::Float;
-    case cpu::DType::kFloat16:
-      return ScalarType::Half;
-    case cpu::DType::kBFloat16:
-      return ScalarType::BFloat16;
-    case cpu::DType::kInt8:
-      return ScalarType::Char;
-    default:
-      return ScalarType::Byte;
-  }
-}
-
-// The last size of a plain weight in elements; int4 has several in an item.
-int64_t Columns(const Tensor& weight) {
-  const int64_t items = weight.size(weight.dim() - 1);
-  return weight.scalar_type() == ScalarType::Byte  ? 2 * items
-         : weight.scalar_type() == ScalarType::Int ? 8 * items
-                                                   : items;
 }
 
 cpu::PackedHeader BlockHeader(const Tensor& block) {
@@ -70,6 +48,21 @@ void RunOnTorchThreads(void*, int64_t count, void (*body)(void*, int64_t), void*
 
 }  // namespace
 
+ScalarType ToTorch(cpu::DType dtype) {
+  switch (dtype) {
+    case cpu::DType::kFloat32:
+      return ScalarType::Float;
+    case cpu::DType::kFloat16:
+      return ScalarType::Half;
+    case cpu::DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case cpu::DType::kInt8:
+      return ScalarType::Char;
+    default:
+      return ScalarType::Byte;
+  }
+}
+
 cpu::ParallelFor TorchThreads() { return {torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads}; }
 
 std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype) {
@@ -85,7 +78,7 @@ std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype)
 }
 
 Tensor NewBlock(Tensor weight, int64_t E) {
-  const cpu::PackedHeader header = cpu::HeaderOf(WeightDType(weight), E, weight.size(0), Columns(weight));
+  const cpu::PackedHeader header = HeaderFor(weight, E);
   const int64_t bytes = cpu::PackedBytes(header);
   if (bytes < 0) throw std::runtime_error("weight is larger than any memory (check its shape)");
   Tensor block = Allocate("the packed weight", bytes,
@@ -96,8 +89,9 @@ Tensor NewBlock(Tensor weight, int64_t E) {
 
 void PackExpert(Tensor block, Tensor weight, int64_t expert) {
   const cpu::PackedHeader header = BlockHeader(block);
-  if (weight.dim() != 2 || WeightDType(weight) != header.dtype || weight.size(0) != header.K ||
-      Columns(weight) != header.N || expert < 0 || expert >= std::max<int64_t>(header.E, 1)) {
+  const cpu::PackedHeader own = HeaderFor(weight, header.E);
+  if (own.dtype != header.dtype || own.K != header.K || own.N != header.N || expert < 0 ||
+      expert >= std::max<int64_t>(header.E, 1)) {
     throw std::runtime_error(
         "weight of expert " + std::to_string(expert) +
         " differs from the first one in dtype or shape, but all experts must have the same");
@@ -117,7 +111,7 @@ Tensor Unpack(Tensor block) {
   std::vector<int64_t> shape = {header.K, columns};
   if (header.E > 0) shape.insert(shape.begin(), header.E);
   Tensor weight = Allocate("the weight", header.K * columns,
-                           [&] { return torch::stable::new_empty(block, shape, TorchDType(header.dtype)); });
+                           [&] { return torch::stable::new_empty(block, shape, ToTorch(header.dtype)); });
   cpu::Unpack(header, block.const_data_ptr(), TorchThreads(), weight.mutable_data_ptr());
   return weight;
 }

@@ -26,7 +26,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-_GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
+GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}  # what each GLU does to its right half
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation in x's dtype; a GLU is left * act(right) of x's halves."""
+    if activation in GATES:
+        left, right = x.chunk(2, dim=-1)
+        return left * _ACTIVATIONS[GATES[activation]](right)
+    return _ACTIVATIONS[activation](x)
 
 
 class _Ranges(NamedTuple):
@@ -97,12 +105,7 @@ def _observe(
         x = sample.detach().to(weight1.device, torch.float32).reshape(-1, K1)
         if not len(x):
             continue
-        h = F.linear(x, weight1.t(), bias1)
-        if activation in _GATES:
-            left, right = h.chunk(2, dim=-1)
-            h = left * _ACTIVATIONS[_GATES[activation]](right)
-        else:
-            h = _ACTIVATIONS[activation](h)
+        h = activate(F.linear(x, weight1.t(), bias1), activation)
         largest = torch.maximum(largest, x.abs().amax(0))
         low, high = torch.minimum(low, h.amin()), torch.maximum(high, h.amax())
         rows += len(x)
