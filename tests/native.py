@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels of each instruction set as reference.ffn and reference.moe; over ffn_ops._native."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -10,8 +14,22 @@ from tolerance import Kernel
 
 from ffn_ops import _native
 
+
+def _emulate_tiles() -> ctypes.CDLL | None:
+    """What does the work of Intel's tiles on an x86-64 machine that has no AMX but all else they need."""
+    supported = dict(_native.isas())
+    if supported.get("amx", True) or not supported["avx512"]:
+        return None
+    with TemporaryDirectory() as folder:
+        library = Path(folder, "amx.so")
+        source = Path(__file__).with_name("amx.cc")
+        subprocess.run(["c++", "-O3", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+EMULATED_TILES = _emulate_tiles()
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
-TILES = {name: Kernel(tiles=name.startswith("amx")) for name in SUPPORTED_ISAS}  # for the bound of each
+TILES = {name: Kernel(tiles=name == "amx") for name in SUPPORTED_ISAS}  # for the bound of each
 TILES_FROM_16_ROWS = ("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16")  # where they have tiles
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -10,7 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
-#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+#if defined(FFN_AMX)
 #include "cpu/amx-inl.h"
 #endif
 #include "cpu/vec-inl.h"
@@ -76,7 +76,7 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
   if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns.columns, deq_scale);
 }
 
-#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+#if defined(FFN_AMX)
 constexpr auto LeftOf = AmxLeftOf;
 #else
 Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
@@ -84,7 +84,7 @@ Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
 
 inline void MultiplySegment(const Wave& wave, const Product& product, const Segment& segment,
                             const Columns& columns, float* tile, TaskScratch* scratch) {
-#if defined(FFN_AMX) || defined(FFN_AMX_MODEL)
+#if defined(FFN_AMX)
   if (segment.left != Left::kFloat) return AmxMultiply(wave, product, segment, columns, tile, scratch);
 #endif
   Multiply(wave, product, segment, columns, tile, scratch);

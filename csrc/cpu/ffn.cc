@@ -86,7 +86,8 @@ int64_t TaskColumns(const Problem& p, const Product& product, int64_t columns,
     most_rows = std::max(most_rows, segment.rows);
     tiles = tiles || segment.left != Left::kFloat;
   }
-  // Only so do blocks of kKBlock rows, where they must be whole, fit the scratch for panels, where it is used.
+  // Only so do blocks of kKBlock rows, where they must be whole, fit the scratch for panels, where it is
+  // used.
   const bool antiquant = product.channels->antiquant_scale != nullptr;
   const bool expanded = tiles ? antiquant || p.weight_dtype == DType::kFloat16 : most_rows > kFewRows;
   if ((antiquant || tiles) && (expanded || !product.weight->packed)) return kMinColumns;

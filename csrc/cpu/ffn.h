@@ -107,7 +107,7 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
             const char* isa = nullptr);
 size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads);
 
-// Names of the instruction sets compiled in, best first, then "amx_model", which is chosen only by name.
+// Names of the instruction sets compiled in, best first.
 const char* const* CompiledIsas(size_t* count);
 bool IsaSupported(const char* name);  // by this machine and its operating system
 // The one in use: the best supported, or what the environment variable FFN_OPS_ISA names. Throws

@@ -247,8 +247,8 @@ inline bool Overflowed(const float* sums, int64_t columns) {
   return found != 0;
 }
 
-// A tile to add to. -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it
-// must be 0.
+// A tile to add to. -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32
+// it must be 0.
 inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float* tile) {
   const F32 zero = wave.steps.quant ? F32{} : Set(-0.0f);
   for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes) Store(tile + i, zero);
@@ -256,8 +256,8 @@ inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float*
 
 // Multiplies those rows again, one by one, whose sums have an infinity or a NaN.
 template <typename T, Sums kSums>
-void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns, float* tile,
-            TaskScratch* scratch) {
+void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
+            float* tile, TaskScratch* scratch) {
   for (int64_t r = 0; r < segment.rows; ++r) {
     float* const row = tile + r * TileStride(columns.columns);
     if (!Overflowed(row, columns.columns)) continue;

@@ -10,10 +10,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace ffn::cpu {
@@ -21,25 +20,16 @@ namespace {
 
 constexpr const Kernels* kKernels[] = {
 #if defined(__x86_64__)
-    &kAmxKernels,     &kAvx512Kernels, &kAvx2Kernels,
+    &kAmxKernels,
+    &kAvx512Kernels,
+    &kAvx2Kernels,
 #endif
-    &kGenericKernels, &kAmxModelKernels,
+    &kGenericKernels,
 };
 
-#if defined(__x86_64__)
-// CPUID leaf 7: AMX-BF16, AMX-TILE and AMX-INT8. Linux gives a process the registers when it asks.
-bool MayUseTiles() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTileBits) != kTileBits) return false;
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
+// Whether the process holds something that does the tiles' work in the hardware's place (tests/amx.cc). Then
+// they run when they are asked for by name.
+bool TilesAreEmulated() { return dlsym(RTLD_DEFAULT, "FfnOpsTilesAreEmulated") != nullptr; }
 
 bool Supported(const Kernels& kernels) {
 #if defined(__x86_64__)
@@ -52,9 +42,9 @@ bool Supported(const Kernels& kernels) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (&kernels == &kAvx512Kernels) return avx512;
-  if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
+  if (&kernels == &kAmxKernels) return avx512 && (MayUseTiles() || TilesAreEmulated());
 #endif
-  return &kernels == &kGenericKernels || &kernels == &kAmxModelKernels;
+  return &kernels == &kGenericKernels;
 }
 
 const Kernels* Named(const char* name) {
@@ -83,6 +73,9 @@ const Kernels& Selected() {
     if (forced != nullptr && *forced != '\0')
       return Require("FFN_OPS_ISA", forced, "unset it, or name one of these");
     for (const Kernels* kernels : kKernels) {
+#if defined(__x86_64__)
+      if (kernels == &kAmxKernels && !MayUseTiles()) continue;
+#endif
       if (Supported(*kernels)) return *kernels;
     }
     return kGenericKernels;
@@ -91,6 +84,19 @@ const Kernels& Selected() {
 }
 
 }  // namespace
+
+bool MayUseTiles() {
+#if defined(__x86_64__)
+  // CPUID leaf 7: AMX-BF16, AMX-TILE and AMX-INT8. Linux gives a process the registers when it asks.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTileBits) != kTileBits) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 const Kernels& KernelsOf(const char* isa) {
   return isa == nullptr ? Selected() : Require("isa", isa, "name one of these");

@@ -8,11 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/kernels.h"
+
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -118,11 +117,6 @@ FFN_TILE_PROBE(AmxBf16, "amx-bf16", _tile_dpbf16ps, (2 * 16 * 16 * 32))
 FFN_TILE_PROBE(AmxInt8, "amx-int8", _tile_dpbssd, (2 * 16 * 16 * 64))
 #undef FFN_TILE_PROBE
 
-bool AmxGranted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, and the kernel's x86/xstate.rst
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 std::vector<Probe> Find() {
   std::vector<Probe> probes;
   if (__builtin_cpu_supports("avx512f")) {
@@ -133,11 +127,9 @@ std::vector<Probe> Find() {
     probes.push_back({"fma", FmaBaseline});
   }
   if (__builtin_cpu_supports("avx512vnni")) probes.push_back({"vnni", Vnni});
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kInt8 = 1u << 25;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTile) != 0 && AmxGranted()) {
-    if ((edx & kBf16) != 0) probes.push_back({"amx_bf16", AmxBf16});
-    if ((edx & kInt8) != 0) probes.push_back({"amx_int8", AmxInt8});
+  if (MayUseTiles()) {
+    probes.push_back({"amx_bf16", AmxBf16});
+    probes.push_back({"amx_int8", AmxInt8});
   }
   return probes;
 }
