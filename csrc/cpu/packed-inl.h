@@ -154,11 +154,17 @@ struct Packer {
   // A transposed weight is dense along K, where the elements of a group are neighbours already.
   void Transposed() const {
     constexpr int64_t kStep = kLanes * kGroup;
+    constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
     for (int64_t n = 0; n < source.columns; n += kLanes) {
       for (int64_t k = 0; k < source.rows; k += kStep) {
         F32 square[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           const T* const from = From() + (n + j) * stride + k;
+          // The next block of the column, while this one is packed and multiplied: no hardware prefetcher follows
+          // runs this short.
+          for (int64_t line = 0; line < kStep; line += kLineElements) {
+            if (k + source.rows + line < source.rows_left) __builtin_prefetch(from + source.rows + line, 0, 2);
+          }
           square[j] = n + j < source.columns ? Words(from, source.rows - k) : F32{};
         }
         Transpose(square);
