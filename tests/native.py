@@ -47,10 +47,11 @@ def native_ffn(
     output_dtype: npt.DTypeLike | None = None,
     isa: str | None = None,
     threads: int = 1,
+    cache_bytes: int = 0,
     packed: bool = False,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
-    """reference.ffn with the kernels of `isa`, divided among `threads` workers; reference.moe where topk_ids
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache (0: the machine's); reference.moe where topk_ids
     and topk_weights are among the operands. Weights may be transposed; with `packed` they are prepacked
     first."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
@@ -61,7 +62,7 @@ def native_ffn(
         pairs[name] = np.frombuffer(_native.prepack(pairs[name], isa), np.uint8), "uint8"
     _native.ffn(
         activation=activation, tokens_index_flag=tokens_index_flag, inner_precise=inner_precise,
-        isa=isa, threads=threads, **pairs,
+        isa=isa, threads=threads, cache_bytes=cache_bytes, **pairs,
     )  # fmt: skip
     return y
 

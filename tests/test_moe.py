@@ -147,7 +147,7 @@ def test_many_chunks_give_the_bits_of_one():
     assert torch.equal(y, torch.cat(ones))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 8])
 def test_threads_change_no_bit(threads: int):
     x, ids, weights, w1, w2 = block(M=200)
     before = torch.get_num_threads()

@@ -132,7 +132,7 @@ def test_the_number_of_threads_changes_no_bit(mode: str, data: st.DataObject, se
     before = torch.get_num_threads()
     try:
         answers = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 8):
             torch.set_num_threads(threads)
             answers.append(run(call, arrays))
     finally:

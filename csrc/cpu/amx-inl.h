@@ -147,62 +147,62 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
   const TileSession session;
-  int64_t group_end = 0;
   for (int64_t block = 0; block < product.K; block += kKBlock) {
     const int64_t rows = product.K - block < kKBlock ? product.K - block : kKBlock;
-    Panels panels;
-    if (weight.packed) {
-      const char* const expert =
-          static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-      const Panels whole = {expert, weight.panel_bytes};
-      panels = {whole.At<T>(block, columns.column), weight.panel_bytes};
-    } else {
-      panels = {reinterpret_cast<const char*>(scratch->packed), kKBlock / Panel<T>::kGroup * kGroupBytes<T>};
-      const Block part = {segment.expert, block, rows, columns.column, columns.columns};
-      if (rows % step != 0) {
-        __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
-      }
-      PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), panels);
-    }
-    char* const high = reinterpret_cast<char*>(scratch->panel);
-    char* const rest = high + sizeof(scratch->panel) / 2;
-    Panels pairs = panels;
-    if (!as_it_is) {
-      pairs = {high, kKBlock / 2 * kPackedColumns * 4};
-      ExpandPairs<T, std::is_same_v<T, Half>>(panels, rows, columns.columns, pairs.bytes, high, rest);
-    }
-    for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
-      if (block + begin >= group_end) {
-        group_end = LoadGroup(wave, product, segment.expert, block + begin, columns, scratch);
-      }
-      end = group_end - block < rows ? group_end - block : rows;
-      const int64_t steps = (end - begin + step - 1) / step;
-      const int64_t skipped = begin / step * kStepBytes;
-      const char* const a = left.At(0, block + begin);
-      float* const sums = antiquant ? scratch->group : tile;
-      if (antiquant) Clear(wave, columns, (left.rows + 15) / 16 * 16, sums);
-      if (as_it_is && kQuant) {
-        MultiplyPlanes<true>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums,
-                             stride);
+    for (int64_t n = 0; n < columns.columns; n += kMinColumns) {
+      const Columns strip = {columns.column + n,
+                             columns.columns - n < kMinColumns ? columns.columns - n : kMinColumns};
+      Panels panels;
+      if (weight.packed) {
+        const char* const expert =
+            static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
+        const Panels whole = {expert, weight.panel_bytes};
+        panels = {whole.At<T>(block, strip.column), weight.panel_bytes};
       } else {
-        MultiplyPlanes<false>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums,
-                              stride);
-        if (left.left == Left::kSplit) {
-          MultiplyPlanes<false>(a + left.PlaneBytes(), left, pairs.data + skipped, pairs.bytes, steps,
-                                columns.columns, sums, stride);
+        panels = {reinterpret_cast<const char*>(scratch->packed),
+                  kKBlock / Panel<T>::kGroup * kGroupBytes<T>};
+        const Block part = {segment.expert, block, rows, strip.column, strip.columns};
+        if (rows % step != 0) {
+          __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
         }
-        if (std::is_same_v<T, Half>) {
-          MultiplyPlanes<false>(a, left, rest + skipped, pairs.bytes, steps, columns.columns, sums, stride);
-        }
+        PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), panels);
       }
-      if (!antiquant) continue;
-      for (int64_t r = 0; r < left.rows; ++r) {
-        const F32 sum_a = Set(SumOfSteps(left, r, block + begin, block + end, scratch));
-        for (int64_t n = 0; n < columns.columns; n += kLanes) {
-          const F32 both =
-              Fma(sum_a, Load<F32>(scratch->antiquant_offset + n), Load<F32>(sums + r * stride + n));
-          float* const to = tile + r * stride + n;
-          Store(to, Fma(both, Load<F32>(scratch->antiquant_scale + n), Load<F32>(to)));
+      char* const high = reinterpret_cast<char*>(scratch->panel);
+      char* const rest = high + sizeof(scratch->panel) / 2;
+      Panels pairs = panels;
+      if (!as_it_is) {
+        pairs = {high, kKBlock / 2 * kPackedColumns * 4};
+        ExpandPairs<T, std::is_same_v<T, Half>>(panels, rows, strip.columns, pairs.bytes, high, rest);
+      }
+      for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
+        const int64_t group_end = LoadGroup(wave, product, segment.expert, block + begin, strip, scratch);
+        end = group_end - block < rows ? group_end - block : rows;
+        const int64_t steps = (end - begin + step - 1) / step;
+        const int64_t skipped = begin / step * kStepBytes;
+        const char* const a = left.At(0, block + begin);
+        float* const sums = antiquant ? scratch->group : tile + n;
+        const int64_t sums_stride = antiquant ? kMinColumns : stride;
+        if (antiquant) Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
+        const auto multiply = [&](auto is_int, const char* from, const char* panel) {
+          MultiplyPlanes<decltype(is_int)::value>(from, left, panel + skipped, pairs.bytes, steps,
+                                                  strip.columns, sums, sums_stride);
+        };
+        if (as_it_is && kQuant) {
+          multiply(std::true_type(), a, pairs.data);
+        } else {
+          multiply(std::false_type(), a, pairs.data);
+          if (left.left == Left::kSplit) multiply(std::false_type(), a + left.PlaneBytes(), pairs.data);
+          if (std::is_same_v<T, Half>) multiply(std::false_type(), a, rest);
+        }
+        if (!antiquant) continue;
+        for (int64_t r = 0; r < left.rows; ++r) {
+          const F32 sum_a = Set(SumOfSteps(left, r, block + begin, block + end, scratch));
+          for (int64_t j = 0; j < strip.columns; j += kLanes) {
+            const F32 both =
+                Fma(sum_a, Load<F32>(scratch->antiquant_offset + j), Load<F32>(sums + r * sums_stride + j));
+            float* const to = tile + r * stride + n + j;
+            Store(to, Fma(both, Load<F32>(scratch->antiquant_scale + j), Load<F32>(to)));
+          }
         }
       }
     }

@@ -118,11 +118,12 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
     // The right half of a GLU may begin inside a panel; then the panel is computed from its first column.
     const int64_t first = half * hidden + column, skipped = first % kPackedColumns;
     const Columns all = {first - skipped, columns + skipped};
-    MultiplySegment(wave, wave.first, segment, all, scratch->tile[half], scratch);
+    float* const tile = scratch->tile + half * (kTileSize / 2);
+    MultiplySegment(wave, wave.first, segment, all, tile, scratch);
     LoadChannels(wave, wave.first, segment.expert, {first, columns}, scratch->bias[half],
                  scratch->deq_scale[half]);
     stride = TileStride(all.columns);
-    tiles[half] = scratch->tile[half] + skipped;
+    tiles[half] = tile + skipped;
   }
   F32 offset = {};
   if (steps.quant) {
@@ -188,11 +189,11 @@ void SecondProduct(const Wave& wave, const Segment& segment, int64_t column, int
   const Steps& steps = wave.steps;
   const int64_t stride = TileStride(columns);
   LoadChannels(wave, wave.second, segment.expert, {column, columns}, scratch->bias[0], scratch->deq_scale[0]);
-  MultiplySegment(wave, wave.second, segment, {column, columns}, scratch->tile[0], scratch);
+  MultiplySegment(wave, wave.second, segment, {column, columns}, scratch->tile, scratch);
   for (int64_t r = 0; r < segment.rows; ++r) {
     const int64_t row = wave.first_row + segment.row + r;
     for (int64_t n = 0; n < columns; n += kLanes) {
-      const F32 value = Result(steps.quant, scratch->tile[0] + r * stride + n, scratch->bias[0] + n,
+      const F32 value = Result(steps.quant, scratch->tile + r * stride + n, scratch->bias[0] + n,
                                scratch->deq_scale[0] + n);
       if (problem.assignments == nullptr) {
         StoreResult(problem.y_dtype, steps.y, value, problem.y, row * wave.second.N + column + n,

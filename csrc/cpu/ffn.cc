@@ -4,6 +4,8 @@
 // regions are ffn-inl.h, reached through the Kernels table (kernels.h) of the instruction set (isa.cc).
 #include "cpu/ffn.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -52,14 +54,30 @@ struct ScratchPlan {
   int64_t workers;
 };
 
-ScratchPlan PlanScratch(const Problem& p, int64_t threads) {
+// Of the cache that one thread has to itself, the second level.
+int64_t CacheBytes(const ParallelFor& parallel) {
+  static const int64_t detected = [] {
+    constexpr int64_t kUnknown = 1 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t bytes =
+        sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 where the system does not know, as on most of Arm's
+    if (bytes > 0) return bytes;
+#endif
+    return kUnknown;
+  }();
+  return parallel.cache_bytes > 0 ? parallel.cache_bytes : detected;
+}
+
+ScratchPlan PlanScratch(const Problem& p, const ParallelFor& parallel) {
   const int64_t first = LeftStride(p.K1), second = LeftStride(p.K2);
-  const int64_t rows = std::clamp<int64_t>(kWaveFloats / std::max<int64_t>(first + second, 1), 1, kMaxRows);
+  // A block of the left operand has a quarter of the cache, and so have the sums of a task (TaskColumns).
+  const int64_t cached = std::clamp<int64_t>(CacheBytes(parallel) / 4 / (kKBlock * 4), 16, kMaxRows);
+  const int64_t rows = std::clamp<int64_t>(kWaveFloats / std::max<int64_t>(first + second, 1), 1, cached);
   ScratchPlan plan = {};
   plan.wave_rows = std::min(rows, p.M);
   plan.first = plan.wave_rows * first + kMaxRows;
   plan.second = plan.wave_rows * second + kMaxRows;
-  plan.workers = std::max<int64_t>(threads, 1);
+  plan.workers = std::max<int64_t>(parallel.threads, 1);
   return plan;
 }
 
@@ -72,27 +90,21 @@ struct FreeAligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{alignof(TaskScratch)}); }
 };
 
-// Columns of a task: what its tile holds, but at least two tasks a worker. Bits do not depend on it
-// (gemm-inl.h).
-int64_t TaskColumns(const Problem& p, const Product& product, int64_t columns,
-                    const std::vector<Segment>& segments, int64_t workers) {
+// Columns of a task: as many as the cache has room for their sums, but at least two tasks a worker. Bits do
+// not depend on it (gemm-inl.h).
+int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
+                    int64_t cache_bytes, int64_t workers) {
   // The right half of a GLU may begin inside a panel, which must fit the tile too.
   if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
-  // A transposed weight is contiguous along K, so nothing is gained from wide tasks.
-  if (!product.weight->packed && product.weight->col_stride != 1) return kMinColumns;
+  const Weight& weight = *product.weight;
   int64_t most_rows = 0;
-  bool tiles = false;
-  for (const Segment& segment : segments) {
-    most_rows = std::max(most_rows, segment.rows);
-    tiles = tiles || segment.left != Left::kFloat;
-  }
-  // Only so do blocks of kKBlock rows, where they must be whole, fit the scratch for panels, where it is
-  // used.
-  const bool antiquant = product.channels->antiquant_scale != nullptr;
-  const bool expanded = tiles ? antiquant || p.weight_dtype == DType::kFloat16 : most_rows > kFewRows;
-  if ((antiquant || tiles) && (expanded || !product.weight->packed)) return kMinColumns;
+  for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
+  // A transposed weight is contiguous along K, so few rows gain nothing from wide tasks.
+  if (!weight.packed && weight.col_stride != 1 && most_rows <= kFewRows) return kMinColumns;
+  const int64_t halves = columns == product.N ? 1 : 2;
+  const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileSize) / (halves * RoundUp(most_rows, 16));
   int64_t width = kMinColumns;
-  while (width < kMaxColumns && 2 * width * most_rows <= kTileSize &&
+  while (2 * width <= std::min(most, kMaxColumns) &&
          static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {
     width *= 2;
   }
@@ -108,7 +120,8 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
   const Problem& p = problem;
   if (p.M == 0 || p.N2 == 0) return;
 
-  const ScratchPlan plan = PlanScratch(p, parallel.threads);
+  const ScratchPlan plan = PlanScratch(p, parallel);
+  const int64_t cache_bytes = CacheBytes(parallel);
   const std::unique_ptr<void, FreeAligned> memory(
       ::operator new(Bytes(plan), std::align_val_t{alignof(TaskScratch)}));
   TaskScratch* scratch = static_cast<TaskScratch*>(memory.get());
@@ -152,7 +165,7 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
             });
 
     const auto run_product = [&](const Product& product, int64_t columns, auto task) {
-      const int64_t width = TaskColumns(p, product, columns, segments, workers);
+      const int64_t width = TaskColumns(product, columns, segments, cache_bytes, workers);
       const int64_t blocks = RoundUp(columns, width) / width;
       ForEach(parallel, workers, static_cast<int64_t>(segments.size()) * blocks,
               [&](int64_t i, int64_t worker) {
@@ -166,6 +179,8 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
   }
 }
 
-size_t ScratchBytes(const Problem& problem, int64_t threads) { return Bytes(PlanScratch(problem, threads)); }
+size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel) {
+  return Bytes(PlanScratch(problem, parallel));
+}
 
 }  // namespace ffn::cpu

@@ -89,6 +89,7 @@ struct ParallelFor {
   int64_t threads = 1;
   void* self = nullptr;
   void (*run)(void* self, int64_t count, void (*body)(void* context, int64_t i), void* context) = nullptr;
+  int64_t cache_bytes = 0;  // the second-level cache of each thread; 0: what the system says
 };
 
 // Computes one call with the kernels of `isa` (null: the selected one; tests name others). Throws
@@ -97,15 +98,15 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 336 KiB a thread, whatever M is.
-size_t ScratchBytes(const Problem& problem, int64_t threads);
+// where that is more) and 784 KiB a thread, whatever M is.
+size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel);
 
 // Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.
 // Scratch beyond RunFfn's: at most 256 MiB (or one token's share, where that is more) of float32 results,
 // since tokens are taken in as many chunks as that needs, and 40 bytes for each assignment of a chunk.
 void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& parallel,
             const char* isa = nullptr);
-size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads);
+size_t MoeScratchBytes(const Problem& problem, const Routing& routing, const ParallelFor& parallel);
 
 // Names of the instruction sets compiled in, best first.
 const char* const* CompiledIsas(size_t* count);

@@ -64,15 +64,28 @@ void MultiplyTile(const Range& range, int64_t column) {
     }
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
-      F32 x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = Set(range.a[r * kKBlock + k + i]);
-      for (int v = 0; v < kVectors; ++v) {
-        F32 element = Layout::template Element<i>(w[v]);
-        if constexpr (kSums == Sums::kExact) {
-          const int64_t n = column + v * kLanes;
-          element = (element + Load<F32>(range.offset + n)) * Load<F32>(range.scale + n);
+      const auto element = [&](int v) __attribute__((always_inline)) {
+        const F32 stored = Layout::template Element<i>(w[v]);
+        if constexpr (kSums != Sums::kExact) return stored;
+        const int64_t n = column + v * kLanes;
+        return (stored + Load<F32>(range.offset + n)) * Load<F32>(range.scale + n);
+      };
+      const auto x = [&](int r) __attribute__((always_inline)) { return Set(range.a[r * kKBlock + k + i]); };
+      // All of one side are held in registers beside the sums: the side that has fewer.
+      if constexpr (kRows > kVectors) {
+        F32 elements[kVectors];
+        for (int v = 0; v < kVectors; ++v) elements[v] = element(v);
+        for (int r = 0; r < kRows; ++r) {
+          const F32 one = x(r);
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(one, elements[v], sum[r][v]);
         }
-        for (int r = 0; r < kRows; ++r) sum[r][v] = Fma(x[r], element, sum[r][v]);
+      } else {
+        F32 xs[kRows];
+        for (int r = 0; r < kRows; ++r) xs[r] = x(r);
+        for (int v = 0; v < kVectors; ++v) {
+          const F32 one = element(v);
+          for (int r = 0; r < kRows; ++r) sum[r][v] = Fma(xs[r], one, sum[r][v]);
+        }
       }
     });
   };
@@ -180,18 +193,18 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   constexpr bool kExpands = !std::is_same_v<T, float>;
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
-  const int64_t stride = TileStride(columns.columns);
+  const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
   const bool expanded = kExpands && rows > kFewRows;
+  const bool strips = rows > kFewRows || (antiquant && !weight.packed);
+  const int64_t width = strips && columns.columns > kMinColumns ? kMinColumns : columns.columns;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
-  // any case (TaskColumns in ffn.cc), since a chain ends with the block.
-  const int64_t depth = weight.packed && !expanded ? kKBlock : kPanelSize / stride;
+  // any case, since a chain ends with the block.
+  const int64_t depth = weight.packed && !expanded ? kKBlock : kPanelSize / TileStride(width);
   Range range = {};
   range.offset = scratch->antiquant_offset;
   range.scale = scratch->antiquant_scale;
   range.sums = scratch->sums;
-  range.tile = tile;
-  range.tile_stride = stride;
-  int64_t group_end = 0;
+  range.tile_stride = TileStride(columns.columns);
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
     if (left.left == Left::kFloat) {
@@ -200,37 +213,40 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       for (int64_t k = 0; k < block_rows; k += kLanes) Store(scratch->row + k, left.Get(row, block + k));
       range.a = scratch->row;
     }
-    if (weight.packed) {
-      const char* const expert =
-          static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-      const Panels whole = {expert, weight.panel_bytes};
-      range.panels = {whole.At<T>(block, columns.column), weight.panel_bytes};
-    } else {
-      range.panels = {reinterpret_cast<const char*>(scratch->packed),
-                      depth / Panel<T>::kGroup * kGroupBytes<T>};
-      const Block part = {segment.expert, block, block_rows, columns.column, columns.columns};
-      PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), range.panels);
-    }
-    if (expanded) {
-      Expand<T>(range.panels, block_rows, columns.columns, scratch->panel);
-      const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
-      range.panels = {reinterpret_cast<const char*>(scratch->panel),
-                      groups * Panel<T>::kGroup * kGroupBytes<float>};
-    }
-    for (range.begin = 0; range.begin < block_rows; range.begin = range.end) {
-      if (block + range.begin >= group_end) {
-        group_end = LoadGroup(wave, product, segment.expert, block + range.begin, columns, scratch);
-      }
-      range.end = group_end - block < block_rows ? group_end - block : block_rows;
-      for (int64_t r = 0; kSums == Sums::kScaled && r < rows; ++r) {
-        scratch->sums[r] = SumOf(range.a + r * kKBlock + range.begin, range.end - range.begin);
-      }
-      if constexpr (kSums == Sums::kExact) {
-        MultiplyRange<T, kSums, 1>(range, rows, columns.columns);
-      } else if (expanded || !kExpands) {
-        MultiplyRange<float, kSums, kManyRows>(range, rows, columns.columns);
+    for (int64_t n = 0; n < columns.columns; n += width) {
+      const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
+      range.tile = tile + n;
+      if (weight.packed) {
+        const char* const expert =
+            static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
+        const Panels whole = {expert, weight.panel_bytes};
+        range.panels = {whole.At<T>(block, strip.column), weight.panel_bytes};
       } else {
-        MultiplyRange<T, kSums, kFewRows>(range, rows, columns.columns);
+        range.panels = {reinterpret_cast<const char*>(scratch->packed),
+                        depth / Panel<T>::kGroup * kGroupBytes<T>};
+        const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
+        PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), range.panels);
+      }
+      if (expanded) {
+        Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
+        const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
+        range.panels = {reinterpret_cast<const char*>(scratch->panel),
+                        groups * Panel<T>::kGroup * kGroupBytes<float>};
+      }
+      for (range.begin = 0; range.begin < block_rows; range.begin = range.end) {
+        const int64_t group_end =
+            LoadGroup(wave, product, segment.expert, block + range.begin, strip, scratch);
+        range.end = group_end - block < block_rows ? group_end - block : block_rows;
+        for (int64_t r = 0; kSums == Sums::kScaled && r < rows; ++r) {
+          scratch->sums[r] = SumOf(range.a + r * kKBlock + range.begin, range.end - range.begin);
+        }
+        if constexpr (kSums == Sums::kExact) {
+          MultiplyRange<T, kSums, 1>(range, rows, strip.columns);
+        } else if (expanded || !kExpands) {
+          MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
+        } else {
+          MultiplyRange<T, kSums, kFewRows>(range, rows, strip.columns);
+        }
       }
     }
   }

@@ -18,15 +18,15 @@ namespace ffn::cpu {
 // when K is a power of two). 256 int8 products also fit a float32 exactly: |a * b| <= 2^14, so every partial
 // sum is an integer <= 2^22.
 constexpr int64_t kKBlock = 256;
-// Rows of a wave. More amortise the unpacking of W better, fewer need less scratch; at 256 it is 2 % of the
-// time.
-constexpr int64_t kMaxRows = 256;
-// Columns of a task: a multiple of kMinColumns (which every panel width divides). With few rows a task takes
-// up to kMaxColumns, so that it reads a [K, N] weight in long runs. Tile and panel have the same size for
-// both extremes.
+// Rows of a wave. More amortise the reading and the unpacking of W better; how many of them fit the caches is
+// for ffn.cc to say.
+constexpr int64_t kMaxRows = 512;
+// Columns of a task: a multiple of kMinColumns (which every panel width divides). More of them read the left
+// operand less often, and a [K, N] weight in longer runs. Those of many rows are taken in strips of
+// kMinColumns, whose panels stay near while the rows go by.
 constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxColumns = 512;
-constexpr int64_t kTileSize = kMaxRows * kMinColumns;
+constexpr int64_t kTileSize = 1 << 17;  // of both halves of a GLU, kMaxRows * kMinColumns each at least
 constexpr int64_t kPanelSize = kKBlock * kMinColumns;
 // Up to so many rows multiply weights as they are stored; for more, panels are expanded to float32 first.
 constexpr int64_t kFewRows = 4;
@@ -85,12 +85,12 @@ struct Block {
 
 // One worker's scratch. Where a task has fewer columns than an array holds, it is a prefix that is used.
 struct alignas(64) TaskScratch {
-  float tile[2]
-            [kTileSize];   // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
-  float group[kTileSize];  // sums of one antiquant group, on tiles
-  float packed[kPanelSize];    // panels of a plain weight, packed for this task
-  float panel[kPanelSize];     // panels as float32
-  float bias[2][kMaxColumns];  // float32 or int32
+  float tile[kTileSize];  // sums [segment rows, columns] as float32 or int32; a GLU's right half is in the
+                          // second half
+  float group[kMaxRows * kMinColumns];  // sums of one antiquant group, on tiles
+  float packed[kPanelSize];             // panels of a plain weight, packed for this task
+  float panel[kPanelSize];              // panels as float32
+  float bias[2][kMaxColumns];           // float32 or int32
   float deq_scale[2][kMaxColumns];
   float scale[kMaxColumns];
   float antiquant_offset[kMaxColumns];

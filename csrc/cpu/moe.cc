@@ -114,12 +114,12 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
   }
 }
 
-size_t MoeScratchBytes(const Problem& problem, const Routing& routing, int64_t threads) {
+size_t MoeScratchBytes(const Problem& problem, const Routing& routing, const ParallelFor& parallel) {
   const Chunk chunk = PlanChunk(problem, routing);
   const int64_t slots = chunk.tokens * routing.top_k;
   Problem experts = problem;
   experts.M = slots;
-  return ScratchBytes(experts, threads) + static_cast<size_t>(chunk.results) * sizeof(float) +
+  return ScratchBytes(experts, parallel) + static_cast<size_t>(chunk.results) * sizeof(float) +
          static_cast<size_t>(slots) * (sizeof(Assignment) + 1) +
          2 * static_cast<size_t>(problem.E) * sizeof(int64_t);
 }

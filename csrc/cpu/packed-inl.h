@@ -160,10 +160,11 @@ struct Packer {
         F32 square[kLanes];
         for (int j = 0; j < kLanes; ++j) {
           const T* const from = From() + (n + j) * stride + k;
-          // The next block of the column, while this one is packed and multiplied: no hardware prefetcher follows
-          // runs this short.
+          // The next block of the column, while this one is packed and multiplied: no hardware prefetcher
+          // follows runs this short.
           for (int64_t line = 0; line < kStep; line += kLineElements) {
-            if (k + source.rows + line < source.rows_left) __builtin_prefetch(from + source.rows + line, 0, 2);
+            if (k + source.rows + line < source.rows_left)
+              __builtin_prefetch(from + source.rows + line, 0, 2);
           }
           square[j] = n + j < source.columns ? Words(from, source.rows - k) : F32{};
         }

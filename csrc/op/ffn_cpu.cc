@@ -99,14 +99,14 @@ Tensor NewY(const Tensor& x, const cpu::Problem& problem) {
   });
 }
 
-// Calls run(parallel), which says with std::bad_alloc that scratch_bytes(threads) cannot be had.
+// Calls run(parallel), which says with std::bad_alloc that scratch_bytes(parallel) cannot be had.
 template <class Run, class ScratchBytes>
 void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
   const cpu::ParallelFor parallel = TorchThreads();
   try {
     run(parallel);
   } catch (const std::bad_alloc&) {
-    throw std::runtime_error("the scratch needs " + std::to_string(scratch_bytes(parallel.threads)) +
+    throw std::runtime_error("the scratch needs " + std::to_string(scratch_bytes(parallel)) +
                              " bytes, but they could not be allocated (use fewer threads, or free memory)");
   }
 }
@@ -143,7 +143,7 @@ Tensor FfnCpu(const Arguments& arguments) {
   problem.y = y.mutable_data_ptr();
   PointAtOperands(problem, dense);
   RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunFfn(problem, parallel); },
-             [&](int64_t threads) { return cpu::ScratchBytes(problem, threads); });
+             [&](const cpu::ParallelFor& parallel) { return cpu::ScratchBytes(problem, parallel); });
   if (out && !in_place) {
     Tensor target = *out;
     torch::stable::copy_(target, y);
@@ -164,8 +164,9 @@ Tensor MoeCpu(const Arguments& arguments) {
   Tensor y = NewY(arguments.operand(contract::kXOperand), problem);
   problem.y = y.mutable_data_ptr();
   PointAtOperands(problem, dense);
-  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunMoe(problem, routing, parallel); },
-             [&](int64_t threads) { return cpu::MoeScratchBytes(problem, routing, threads); });
+  RunInTorch(
+      [&](const cpu::ParallelFor& parallel) { cpu::RunMoe(problem, routing, parallel); },
+      [&](const cpu::ParallelFor& parallel) { return cpu::MoeScratchBytes(problem, routing, parallel); });
   return y;
 }
 

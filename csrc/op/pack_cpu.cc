@@ -63,7 +63,7 @@ ScalarType ToTorch(cpu::DType dtype) {
   }
 }
 
-cpu::ParallelFor TorchThreads() { return {torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads}; }
+cpu::ParallelFor TorchThreads() { return {torch::stable::get_num_threads(), nullptr, &RunOnTorchThreads, 0}; }
 
 std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype) {
   const int64_t rank = tensor.dim();

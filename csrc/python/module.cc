@@ -110,16 +110,18 @@ class Arrays {
 };
 
 // `threads` workers, who run one after the other.
-cpu::ParallelFor Serial(int64_t threads) {
-  return {threads, nullptr, [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-            for (int64_t i = 0; i < count; ++i) body(context, i);
-          }};
+cpu::ParallelFor Serial(int64_t threads, int64_t cache_bytes = 0) {
+  const auto run = [](void*, int64_t count, void (*body)(void*, int64_t), void* context) {
+    for (int64_t i = 0; i < count; ++i) body(context, i);
+  };
+  return {threads, nullptr, run, cache_bytes};
 }
 
 // Runs one call of ffn.ffn, or with topk_ids one of ffn.moe, into the array `out`; threads > 1 divides it
-// among as many workers, who then run one after the other.
+// among as many workers, who then run one after the other. cache_bytes: that of ParallelFor.
 void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<int64_t> inner_precise,
-         const std::optional<std::string>& isa, int64_t threads, const py::kwargs& operands) {
+         const std::optional<std::string>& isa, int64_t threads, int64_t cache_bytes,
+         const py::kwargs& operands) {
   Arrays arrays(operands);
   Require(arrays.call.operands[contract::kXOperand].given &&
               arrays.call.operands[contract::kWeight1Operand].given &&
@@ -146,7 +148,7 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
               contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
   problem.y = arrays.Data(contract::kOutOperand);
 
-  const cpu::ParallelFor serial = Serial(threads);
+  const cpu::ParallelFor serial = Serial(threads, cache_bytes);
   if (plan.facts[contract::kMoeFact] != 0) {
     const contract::Call& call = arrays.call;
     Require(call.operands[contract::kTopkIdsOperand].dtype == contract::DType::kInt64 &&
@@ -217,6 +219,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The CPU kernels for NumPy arrays, the two phases of aclnnFFNV3, and facts about both.";
   module.def("ffn", &ffn::Ffn, py::kw_only(), py::arg("activation"), py::arg("tokens_index_flag") = false,
              py::arg("inner_precise") = py::none(), py::arg("isa") = py::none(), py::arg("threads") = 1,
+             py::arg("cache_bytes") = 0,
              "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of "
              "a buffer and "
              "its dtype's name.");
