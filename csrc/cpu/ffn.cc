@@ -111,6 +111,17 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   return width;
 }
 
+// Rows of one expert that a task takes. All of the wave's, unless a product is too narrow to give each worker
+// two tasks: then each reads its part of the weight several times. Bits do not depend on it (gemm-inl.h).
+int64_t SegmentRows(int64_t wave_rows, int64_t narrowest, int64_t workers) {
+  constexpr int64_t kFewest = 32;
+  const int64_t blocks = RoundUp(std::max<int64_t>(narrowest, 1), kMinColumns) / kMinColumns;
+  int64_t rows = wave_rows;
+  while (rows > kFewest && RoundUp(wave_rows, rows) / rows * blocks < 2 * workers)
+    rows = RoundUp(rows / 2, kFewest);
+  return rows;
+}
+
 bool Begins(int64_t row, const Segment& segment) { return row < segment.row; }
 
 }  // namespace
@@ -139,10 +150,13 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
   for (wave.first_row = 0; wave.first_row < p.M; wave.first_row += wave.rows) {
     wave.rows = std::min(plan.wave_rows, p.M - wave.first_row);
     const int64_t end = wave.first_row + wave.rows;
+    const int64_t work = wave.rows * (p.K1 * p.N1 + p.K2 * p.N2);
+    const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
+    const int64_t most_rows = SegmentRows(wave.rows, std::min(p.K2, p.N2), workers);
     segments.clear();
     for (int64_t row = wave.first_row; row < end;) {
       while (p.row_ends[expert] <= row) ++expert;
-      const int64_t rows = std::min(p.row_ends[expert], end) - row;
+      const int64_t rows = std::min(std::min(p.row_ends[expert], end) - row, most_rows);
       // By the rows of the whole call: where it is cut into waves must not show in anyone's bits.
       const int64_t expert_rows = p.call_rows != nullptr
                                       ? p.call_rows[expert]
@@ -150,9 +164,6 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
       segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, expert_rows)});
       row += rows;
     }
-
-    const int64_t work = wave.rows * (p.K1 * p.N1 + p.K2 * p.N2);
-    const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
 
     constexpr int64_t kRowsPerTask = 16;
     ForEach(parallel, wave.rows * p.K1 < kWorkPerWorker ? 1 : workers,
