@@ -2,6 +2,7 @@
 """The CPU kernels of each instruction set as reference.ffn and reference.moe; over ffn_ops._native."""
 
 import ctypes
+import platform
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,19 +16,18 @@ from tolerance import Kernel
 from ffn_ops import _native
 
 
-def _emulate_tiles() -> ctypes.CDLL | None:
-    """What does the work of Intel's tiles on an x86-64 machine that has no AMX but all else they need."""
-    supported = dict(_native.isas())
-    if supported.get("amx", True) or not supported["avx512"]:
+def _emulate() -> ctypes.CDLL | None:
+    """What does the work of instructions that an x86-64 machine lacks."""
+    if all(supported for _, supported in _native.isas()) or platform.machine() != "x86_64":
         return None
     with TemporaryDirectory() as folder:
-        library = Path(folder, "amx.so")
-        source = Path(__file__).with_name("amx.cc")
+        library = Path(folder, "instructions.so")
+        source = Path(__file__).with_name("instructions.cc")
         subprocess.run(["c++", "-O3", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-EMULATED_TILES = _emulate_tiles()
+EMULATED = _emulate()
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
 TILES = {name: Kernel(tiles=name == "amx") for name in SUPPORTED_ISAS}  # for the bound of each
 TILES_FROM_16_ROWS = ("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16")  # where they have tiles
@@ -51,9 +51,9 @@ def native_ffn(
     packed: bool = False,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
-    """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache (0: the machine's); reference.moe where topk_ids
-    and topk_weights are among the operands. Weights may be transposed; with `packed` they are prepacked
-    first."""
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache (0: the
+    machine's); reference.moe where topk_ids and topk_weights are among the operands. Weights may be transposed; with
+    `packed` they are prepacked first."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
     y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
     operands |= {"x": x, "out": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import EMULATED_TILES, SUPPORTED_ISAS, TILES, TILES_FROM_16_ROWS, native_ffn
+from native import EMULATED, SUPPORTED_ISAS, TILES, TILES_FROM_16_ROWS, native_ffn
 from tolerance import FLUSHED, assert_close
 
 import reference
@@ -400,9 +400,9 @@ def test_arrays_that_do_not_fit_together_are_refused_in_the_contracts_words():
 
 
 @pytest.mark.skipif(
-    EMULATED_TILES is None, reason="asks the emulated tiles, which this machine has no need of or cannot run"
+    EMULATED is None, reason="asks the emulated tiles, and this machine has real ones, or none"
 )
 def test_tiles_are_released():
     """A thread that keeps them is slow to switch, for the rest of its life."""
     native_ffn(**make_call("bf16", "gelu", 40, 64, 300), isa="amx", threads=3)
-    assert EMULATED_TILES is not None and EMULATED_TILES.ThreadsWithTiles() == 0
+    assert EMULATED is not None and EMULATED.ThreadsWithTiles() == 0

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses among the instruction sets that are compiled in (kernels.h). Compiled for the baseline.
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -10,7 +12,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <dlfcn.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,10 +28,6 @@ constexpr const Kernels* kKernels[] = {
     &kGenericKernels,
 };
 
-// Whether the process holds something that does the tiles' work in the hardware's place (tests/amx.cc). Then
-// they run when they are asked for by name.
-bool TilesAreEmulated() { return dlsym(RTLD_DEFAULT, "FfnOpsTilesAreEmulated") != nullptr; }
-
 bool Supported(const Kernels& kernels) {
 #if defined(__x86_64__)
   // These ask the operating system too (XCR0). F16C is not among the names every compiler knows; it has no
@@ -42,9 +39,17 @@ bool Supported(const Kernels& kernels) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (&kernels == &kAvx512Kernels) return avx512;
-  if (&kernels == &kAmxKernels) return avx512 && (MayUseTiles() || TilesAreEmulated());
+  if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
 #endif
   return &kernels == &kGenericKernels;
+}
+
+// Whether they run at all: on this machine, or with something in the process that does the work of
+// instructions which it lacks (tests/instructions.cc). Such help counts only for what is asked for by name.
+bool Runs(const Kernels& kernels) {
+  using Emulates = bool(const char*);
+  const auto emulates = reinterpret_cast<Emulates*>(dlsym(RTLD_DEFAULT, "FfnOpsEmulates"));
+  return Supported(kernels) || (emulates != nullptr && emulates(kernels.name));
 }
 
 const Kernels* Named(const char* name) {
@@ -57,11 +62,10 @@ const Kernels* Named(const char* name) {
 // `who` is what asked for it, and opens the error.
 const Kernels& Require(const std::string& who, const char* name, const char* fix) {
   const Kernels* named = Named(name);
-  if (named != nullptr && Supported(*named)) return *named;
+  if (named != nullptr && Runs(*named)) return *named;
   std::string names;
   for (const Kernels* kernels : kKernels) {
-    if (named == nullptr || Supported(*kernels))
-      names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    if (named == nullptr || Runs(*kernels)) names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
   throw std::runtime_error(who + " is " + name + ", but this " +
                            (named == nullptr ? "build has " : "machine can run ") + names + " (" + fix + ")");
@@ -73,9 +77,6 @@ const Kernels& Selected() {
     if (forced != nullptr && *forced != '\0')
       return Require("FFN_OPS_ISA", forced, "unset it, or name one of these");
     for (const Kernels* kernels : kKernels) {
-#if defined(__x86_64__)
-      if (kernels == &kAmxKernels && !MayUseTiles()) continue;
-#endif
       if (Supported(*kernels)) return *kernels;
     }
     return kGenericKernels;
@@ -114,7 +115,7 @@ const char* const* CompiledIsas(size_t* count) {
 
 bool IsaSupported(const char* name) {
   const Kernels* kernels = Named(name);
-  return kernels != nullptr && Supported(*kernels);
+  return kernels != nullptr && Runs(*kernels);
 }
 
 const char* SelectedIsa() { return Selected().name; }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Intel's tiles (AMX): eight registers of 16 rows by 64 bytes, and their dot products. What is built of them
-// is in amx-inl.h; tests/amx.cc does their work where a CPU lacks them.
+// is in amx-inl.h; tests/instructions.cc does their work where a CPU lacks them.
 #pragma once
 
 #include <immintrin.h>

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Intel AMX for tests on x86-64 machines that lack it: the instructions trap there, and this library's handler
-// of SIGILL does their work and goes on behind them. So the kernels that run are those that ship, instruction by
-// instruction, though it takes microseconds for each. tests/native.py builds and loads it.
+// Instructions of newer CPUs, for tests on x86-64 machines that lack them: AMX's tiles, and VPDPBUSD of
+// AVX-512 VNNI and AVX-VNNI. They trap there, and this library's handler of SIGILL does their work and goes
+// on behind them. So the kernels that run are those that ship, instruction by instruction, though it takes
+// microseconds for each. tests/native.py builds and loads it.
 //
 // After Intel's Software Developer's Manual, volume 2: TDPBF16PS multiplies and adds fused in float32 without
-// subnormals, even and odd products apart. What raises a fault on hardware (a bad configuration, tiles whose sizes
-// do not match, no configuration) ends the process with a sentence.
+// subnormals, even and odd products apart. What raises a fault on hardware (a bad configuration, tiles whose
+// sizes do not match, no configuration) ends the process with a sentence.
+#include <cpuid.h>
 #include <immintrin.h>
 #include <signal.h>
 #include <sys/syscall.h>
@@ -33,7 +35,7 @@ struct Tiles {
 Tiles all_tiles[1024];
 
 [[noreturn]] void Fault(const char* what) {
-  std::fprintf(stderr, "AMX: %s\n", what);
+  std::fprintf(stderr, "%s\n", what);
   std::abort();
 }
 
@@ -61,7 +63,8 @@ void LoadConfig(const char* from, Tiles* tiles) {
   }
   for (int i = 0; i < 16; ++i) {
     const int rows = config.rows[i], bytes = config.row_bytes[i];
-    if (i >= kTiles ? rows != 0 || bytes != 0 : rows > kRows || bytes > kRowBytes || (rows == 0) != (bytes == 0)) {
+    if (i >= kTiles ? rows != 0 || bytes != 0
+                    : rows > kRows || bytes > kRowBytes || (rows == 0) != (bytes == 0)) {
       Fault("a tile of the configuration has a size that none can have");
     }
     if (i >= kTiles) continue;
@@ -135,7 +138,9 @@ struct Memory {
   int64_t index;
 };
 
-Memory MemoryOperand(const ucontext_t* context, const uint8_t* modrm, int rex_x, int rex_b, const uint8_t** end) {
+// A displacement of one byte counts `unit` bytes.
+Memory MemoryOperand(const ucontext_t* context, const uint8_t* modrm, int rex_x, int rex_b, int unit,
+                     const uint8_t** end) {
   const int mod = *modrm >> 6, rm = *modrm & 7;
   const uint8_t* next = modrm + 1;
   int64_t base = 0, index = 0;
@@ -150,7 +155,7 @@ Memory MemoryOperand(const ucontext_t* context, const uint8_t* modrm, int rex_x,
     base = Register(context, rm | rex_b << 3);
   }
   if (mod == 1) {
-    base += static_cast<int8_t>(*next++);
+    base += static_cast<int8_t>(*next++) * unit;
   } else if (mod == 2 || absolute) {
     int32_t offset;
     std::memcpy(&offset, next, 4);
@@ -162,8 +167,78 @@ Memory MemoryOperand(const ucontext_t* context, const uint8_t* modrm, int rex_x,
   return {reinterpret_cast<char*>(base), index};
 }
 
+// Part of an interrupted thread's registers, in the order of XSAVE's standard format.
+enum State { kYmmHigh = 2, kZmmHigh = 6, kZmm16 = 7 };
+
+char* StateOf(const ucontext_t* context, State state) {
+  unsigned eax, offset, ecx, edx;
+  __cpuid_count(0xd, state, eax, offset, ecx, edx);
+  char* const registers = reinterpret_cast<char*>(context->uc_mcontext.fpregs);
+  uint64_t in_use;  // what is not is zero, whatever memory holds
+  std::memcpy(&in_use, registers + 512, 8);
+  if ((in_use & 1u << state) == 0) {
+    std::memset(registers + offset, 0, eax);
+    in_use |= 1u << state;
+    std::memcpy(registers + 512, &in_use, 8);
+  }
+  return registers + offset;
+}
+
+// The parts of vector register `number`, up to `bytes`: calls use(where it is, its first byte, how many).
+template <typename Use>
+void EachPart(const ucontext_t* context, int number, int bytes, const Use& use) {
+  if (number >= 16) return use(StateOf(context, kZmm16) + 64 * (number - 16), 0, bytes);
+  use(reinterpret_cast<char*>(context->uc_mcontext.fpregs) + 160 + 16 * number, 0, 16);
+  if (bytes > 16) use(StateOf(context, kYmmHigh) + 16 * number, 16, 16);
+  if (bytes > 32) use(StateOf(context, kZmmHigh) + 32 * number, 32, 32);
+}
+
+// VPDPBUSD in either encoding, or null.
+const uint8_t* ExecuteDot(const ucontext_t* context, const uint8_t* at) {
+  const bool evex = at[0] == 0x62;
+  if (!evex && at[0] != 0xc4) return nullptr;
+  const uint8_t *const opcode = at + (evex ? 4 : 3), *const modrm = opcode + 1;
+  // Map 0F38, prefix 66, W = 0.
+  if ((at[1] & (evex ? 0x0f : 0x1f)) != 2 || (at[2] & 0x83) != 1 || *opcode != 0x50) return nullptr;
+  if (evex && (at[3] & 0x87) != 0) Fault("VPDPBUSD with a mask is not among those emulated");
+  const int length = evex ? at[3] >> 5 & 3 : at[2] >> 2 & 1;
+  if (length > 2) return nullptr;
+  const int bytes = 16 << length;
+  const int x = (at[1] & 0x40) == 0, b = (at[1] & 0x20) == 0;
+  const int reg = (*modrm >> 3 & 7) | ((at[1] & 0x80) == 0) << 3 | (evex && (at[1] & 0x10) == 0) << 4;
+  const int vvvv = (~at[2] >> 3 & 15) | (evex && (at[3] & 0x08) == 0) << 4;
+  alignas(64) char sums[64] = {}, left[64] = {}, right[64] = {};
+  const auto read = [&](int number, char* to) {
+    EachPart(context, number, bytes,
+             [to](char* part, int first, int count) { std::memcpy(to + first, part, count); });
+  };
+  read(reg, sums);
+  read(vvvv, left);
+  const uint8_t* end = modrm + 1;
+  if (*modrm >> 6 == 3) {
+    read((*modrm & 7) | b << 3 | (evex && x) << 4, right);
+  } else {
+    const bool broadcast = evex && (at[3] & 0x10) != 0;
+    const Memory from = MemoryOperand(context, modrm, x, b, !evex ? 1 : broadcast ? 4 : bytes, &end);
+    for (int i = 0; i < bytes; i += 4)
+      std::memcpy(right + i, from.base + from.index + (broadcast ? 0 : i), 4);
+  }
+  for (int i = 0; i < bytes; i += 4) {
+    uint32_t sum;
+    std::memcpy(&sum, sums + i, 4);
+    for (int j = i; j < i + 4; ++j) {
+      sum += static_cast<uint32_t>(static_cast<uint8_t>(left[j]) * static_cast<int8_t>(right[j]));
+    }
+    std::memcpy(sums + i, &sum, 4);
+  }
+  // What is above the vector becomes zero.
+  EachPart(context, reg, __builtin_cpu_supports("avx512f") ? 64 : 32,
+           [&](char* part, int first, int count) { std::memcpy(part, sums + first, count); });
+  return end;
+}
+
 // Does the instruction's work and returns the address behind it, or null: not one of AMX's.
-const uint8_t* Execute(const ucontext_t* context, const uint8_t* at) {
+const uint8_t* ExecuteTiles(const ucontext_t* context, const uint8_t* at) {
   // VEX with three bytes, map 0F38, W = 0, L = 0.
   if (at[0] != 0xc4 || (at[1] & 0x1f) != 2 || (at[2] & 0x84) != 0) return nullptr;
   const int rex_x = (at[1] & 0x40) == 0, rex_b = (at[1] & 0x20) == 0, vvvv = ~at[2] >> 3 & 15;
@@ -178,7 +253,7 @@ const uint8_t* Execute(const ucontext_t* context, const uint8_t* at) {
   if (opcode == 0x49 && prefix == kNone) {
     Tiles& tiles = TilesOfThread();
     if (memory) {
-      LoadConfig(MemoryOperand(context, modrm, rex_x, rex_b, &end).base, &tiles);
+      LoadConfig(MemoryOperand(context, modrm, rex_x, rex_b, 1, &end).base, &tiles);
     } else {
       tiles.configured = false;  // TILERELEASE
     }
@@ -195,12 +270,13 @@ const uint8_t* Execute(const ucontext_t* context, const uint8_t* at) {
   if (zero) {
     std::memset(tiles.data[reg], 0, sizeof(tiles.data[reg]));
   } else if (load || store) {
-    const Memory operand = MemoryOperand(context, modrm, rex_x, rex_b, &end);
+    const Memory operand = MemoryOperand(context, modrm, rex_x, rex_b, 1, &end);
     if (tiles.rows[reg] == 0) Fault("a tile that the configuration leaves out is loaded or stored");
     if (load) std::memset(tiles.data[reg], 0, sizeof(tiles.data[reg]));
     for (int row = 0; row < tiles.rows[reg]; ++row) {
       char* const line = operand.base + row * operand.index;
-      std::memcpy(load ? tiles.data[reg][row] : line, load ? line : tiles.data[reg][row], tiles.row_bytes[reg]);
+      std::memcpy(load ? tiles.data[reg][row] : line, load ? line : tiles.data[reg][row],
+                  tiles.row_bytes[reg]);
     }
   } else {
     Multiply(bf16, reg, rm, vvvv, &tiles);
@@ -211,7 +287,9 @@ const uint8_t* Execute(const ucontext_t* context, const uint8_t* at) {
 void OnIllegalInstruction(int, siginfo_t*, void* data) {
   auto* const context = static_cast<ucontext_t*>(data);
   greg_t& instruction = context->uc_mcontext.gregs[REG_RIP];
-  const uint8_t* const next = Execute(context, reinterpret_cast<const uint8_t*>(instruction));
+  const auto* const at = reinterpret_cast<const uint8_t*>(instruction);
+  const uint8_t* next = ExecuteTiles(context, at);
+  if (next == nullptr) next = ExecuteDot(context, at);
   if (next == nullptr) {
     signal(SIGILL, SIG_DFL);  // the instruction is tried again, and ends the process
   } else {
@@ -221,8 +299,15 @@ void OnIllegalInstruction(int, siginfo_t*, void* data) {
 
 }  // namespace
 
-// The kernels ask for this by name (csrc/cpu/isa.cc).
-extern "C" bool FfnOpsTilesAreEmulated() { return true; }
+// The kernels ask for this by name (csrc/cpu/isa.cc): whether the instruction set `isa` runs with the help
+// from here.
+extern "C" bool FfnOpsEmulates(const char* isa) {
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx2_vnni") == 0) return avx2;
+  return avx512 && (std::strcmp(isa, "avx512_vnni") == 0 || std::strcmp(isa, "amx") == 0);
+}
 
 // How many threads hold tiles that they should have released.
 extern "C" int ThreadsWithTiles() {
