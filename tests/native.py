@@ -51,9 +51,9 @@ def native_ffn(
     packed: bool = False,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
-    """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache (0: the
-    machine's); reference.moe where topk_ids and topk_weights are among the operands. Weights may be transposed; with
-    `packed` they are prepacked first."""
+    """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache
+    (0: the machine's); reference.moe where topk_ids and topk_weights are among the operands. Weights may be
+    transposed; with `packed` they are prepacked first."""
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
     y = np.empty((*x.shape[:-1], weight2.shape[-1]), dtype)
     operands |= {"x": x, "out": y, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens}
