@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The multiplication on tiles (tiles-inl.h): bf16 and int8 as they are; fp16 as the sum of two bf16, which is exact, in
-// three passes that leave out the product of both rests; integer weights as bf16, which is exact too. Takes the
-// place of gemm-inl.h's for segments whose left operands are stored for it. Used by ffn-inl.h.
+// The multiplication on tiles (tiles-inl.h): bf16 and int8 as they are; fp16 as the sum of two bf16, which is
+// exact, in three passes that leave out the product of both rests; integer weights as bf16, which is exact
+// too. Takes the place of gemm-inl.h's for segments whose left operands are stored for it. Used by ffn-inl.h.
 //
 // A row's bits are its own as there: each sum gets its products in the order of k, whatever the blocks are.
 #pragma once
@@ -16,8 +16,9 @@
 namespace ffn::cpu {
 namespace {
 
-// Fewer rows of fp16 or of integer weights are faster without tiles: three passes over expanded panels against
-// one that converts on the way. It is the one place where a row's bits depend on how many an expert has.
+// Fewer rows of fp16 or of integer weights are faster without tiles: three passes over expanded panels
+// against one that converts on the way. It is the one place where a row's bits depend on how many an expert
+// has.
 constexpr int64_t kFewestRows = 16;
 
 // The steps of a tile along k: 32 bf16 or 64 int8.
@@ -47,7 +48,8 @@ Left AmxLeftOf(const Problem& problem, int64_t rows) {
 
 // kRowTiles x kColumnTiles tiles of c (float32 or int32), at most 2 x 2, += `steps` steps of a and a panel.
 template <bool kInt, int kRowTiles, int kColumnTiles>
-void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, char* c, int64_t c_stride) {
+void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, char* c,
+                   int64_t c_stride) {
   constexpr int64_t kColumnBytes = kTileHeight * 4, kPanelRow = kPackedColumns * 4;
   const auto each = [&](auto use) __attribute__((always_inline)) {
     use(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
@@ -57,7 +59,9 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
       use(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
     }
   };
-  each([&](auto i, auto j) { LoadTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride); });
+  each([&](auto i, auto j) {
+    LoadTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride);
+  });
   for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kStepBytes) {
     for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
     LoadTile<4>(a, kTileRowBytes);
@@ -66,13 +70,16 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
     if constexpr (kColumnTiles > 1) LoadTile<7>(panel + kColumnBytes, kPanelRow);
     each([&](auto i, auto j) { MultiplyTiles<kInt, i, j>(); });
   }
-  each([&](auto i, auto j) { StoreTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride); });
+  each([&](auto i, auto j) {
+    StoreTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride);
+  });
 }
 
-// Rows of panels of T as pairs of bf16, [steps][16][32][2], zeros up to whole steps; kSplit: what the bf16 leave goes
-// to `rest` in the same order.
+// Rows of panels of T as pairs of bf16, [steps][16][32][2], zeros up to whole steps; kSplit: what the bf16
+// leave goes to `rest` in the same order.
 template <typename T, bool kSplit>
-void ExpandPairs(const Panels& from, int64_t rows, int64_t columns, int64_t panel_bytes, char* to, char* rest) {
+void ExpandPairs(const Panels& from, int64_t rows, int64_t columns, int64_t panel_bytes, char* to,
+                 char* rest) {
   using Layout = Panel<T>;
   constexpr int64_t kRows = Layout::kGroup < 2 ? 2 : Layout::kGroup;
   const int64_t filled = (rows + 31) / 32 * 32;
@@ -84,7 +91,8 @@ void ExpandPairs(const Panels& from, int64_t rows, int64_t columns, int64_t pane
         const int64_t row = k + g * Layout::kGroup;
         if (row < rows) {
           const auto vector = Load<typename Layout::Vector>(from.At<T>(row, n));
-          Unrolled<Layout::kGroup>([&](auto i) { w[g * Layout::kGroup + i] = Layout::template Element<i>(vector); });
+          Unrolled<Layout::kGroup>(
+              [&](auto i) { w[g * Layout::kGroup + i] = Layout::template Element<i>(vector); });
         } else {
           for (int i = 0; i < Layout::kGroup; ++i) w[g * Layout::kGroup + i] = F32{};
         }
@@ -94,7 +102,8 @@ void ExpandPairs(const Panels& from, int64_t rows, int64_t columns, int64_t pane
         const int64_t offset = at + (k + i) / 2 * kPackedColumns * 4;
         Store(to + offset, Bits(low) >> 16 | Bits(high));
         if constexpr (kSplit) {
-          const F32 low_rest = w[i] - low, high_rest = w[i + 1] - high;  // NaN of infinities; Repeat sees to them
+          const F32 low_rest = w[i] - low,
+                    high_rest = w[i + 1] - high;  // NaN of infinities; Repeat sees to them
           Store(rest + offset, Bits(low_rest) >> 16 | (Bits(high_rest) & 0xffff0000));
         }
       }
@@ -104,19 +113,19 @@ void ExpandPairs(const Panels& from, int64_t rows, int64_t columns, int64_t pane
 
 // c[rows][c_stride / 4 columns] += rows of a times panels, plane by plane.
 template <bool kInt>
-void MultiplyPlanes(const char* a, const LeftRows& left, const char* panels, int64_t panel_bytes, int64_t steps,
-                    int64_t columns, float* c, int64_t stride) {
+void MultiplyPlanes(const char* a, const LeftRows& left, const char* panels, int64_t panel_bytes,
+                    int64_t steps, int64_t columns, float* c, int64_t stride) {
   const int64_t a_step = left.rows * kTileRowBytes;
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels + n / kPackedColumns * panel_bytes;
     int64_t r = 0;
     for (; left.rows - r > kTileHeight; r += 2 * kTileHeight) {
-      MultiplyBlock<kInt, 2, 2>(a + r * kTileRowBytes, a_step, panel, steps, reinterpret_cast<char*>(c + r * stride + n),
-                                stride * 4);
+      MultiplyBlock<kInt, 2, 2>(a + r * kTileRowBytes, a_step, panel, steps,
+                                reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
     if (r < left.rows) {
-      MultiplyBlock<kInt, 1, 2>(a + r * kTileRowBytes, a_step, panel, steps, reinterpret_cast<char*>(c + r * stride + n),
-                                stride * 4);
+      MultiplyBlock<kInt, 1, 2>(a + r * kTileRowBytes, a_step, panel, steps,
+                                reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
   }
 }
@@ -141,19 +150,12 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
   int64_t group_end = 0;
   for (int64_t block = 0; block < product.K; block += kKBlock) {
     const int64_t rows = product.K - block < kKBlock ? product.K - block : kKBlock;
-    Panels panels;
-    if (weight.packed) {
-      const char* const expert = static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-      const Panels whole = {expert, weight.panel_bytes};
-      panels = {whole.At<T>(block, columns.column), weight.panel_bytes};
-    } else {
-      panels = {reinterpret_cast<const char*>(scratch->packed), kKBlock / Panel<T>::kGroup * kGroupBytes<T>};
-      const Block part = {segment.expert, block, rows, columns.column, columns.columns};
-      if (rows % step != 0) {
-        __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
-      }
-      PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), panels);
+    if (!weight.packed && rows % step != 0) {
+      __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
     }
+    const Panels panels =
+        PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
+                    {segment.expert, block, rows, columns.column, columns.columns}, kKBlock, scratch);
     char* const high = reinterpret_cast<char*>(scratch->panel);
     char* const rest = high + sizeof(scratch->panel) / 2;
     Panels pairs = panels;
@@ -172,9 +174,11 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
       float* const sums = antiquant ? scratch->group : tile;
       if (antiquant) Clear(wave, columns, (left.rows + 15) / 16 * 16, sums);
       if (as_it_is && kQuant) {
-        MultiplyPlanes<true>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums, stride);
+        MultiplyPlanes<true>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums,
+                             stride);
       } else {
-        MultiplyPlanes<false>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums, stride);
+        MultiplyPlanes<false>(a, left, pairs.data + skipped, pairs.bytes, steps, columns.columns, sums,
+                              stride);
         if (left.left == Left::kSplit) {
           MultiplyPlanes<false>(a + left.PlaneBytes(), left, pairs.data + skipped, pairs.bytes, steps,
                                 columns.columns, sums, stride);
@@ -187,7 +191,8 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
       for (int64_t r = 0; r < left.rows; ++r) {
         const F32 sum_a = Set(SumOfSteps(left, r, block + begin, block + end, scratch));
         for (int64_t n = 0; n < columns.columns; n += kLanes) {
-          const F32 both = Fma(sum_a, Load<F32>(scratch->antiquant_offset + n), Load<F32>(sums + r * stride + n));
+          const F32 both =
+              Fma(sum_a, Load<F32>(scratch->antiquant_offset + n), Load<F32>(sums + r * stride + n));
           float* const to = tile + r * stride + n;
           Store(to, Fma(both, Load<F32>(scratch->antiquant_scale + n), Load<F32>(to)));
         }
@@ -197,12 +202,13 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
 }
 
 // As Multiply, for a segment whose left operands are stored for tiles.
-inline void AmxMultiply(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
-                        float* tile, TaskScratch* scratch) {
+inline void AmxMultiply(const Wave& wave, const Product& product, const Segment& segment,
+                        const Columns& columns, float* tile, TaskScratch* scratch) {
   Clear(wave, columns, (segment.rows + 15) / 16 * 16, tile);
   WithWeightType(wave.problem->weight_dtype, [&](auto t) {
     using T = decltype(t);
-    if constexpr (!std::is_same_v<T, float>) MultiplyOnTiles<T>(wave, product, segment, columns, tile, scratch);
+    if constexpr (!std::is_same_v<T, float>)
+      MultiplyOnTiles<T>(wave, product, segment, columns, tile, scratch);
     // An infinity has no rest, and none of what is scaled after the sum may overflow before.
     if constexpr (std::is_same_v<T, Half>) {
       Repeat<T, Sums::kFloat>(wave, product, segment, columns, tile, scratch);

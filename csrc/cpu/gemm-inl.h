@@ -37,13 +37,14 @@ struct Range {
   int64_t tile_stride;
 };
 
-// kRows rows times kVectors * kLanes columns from `column`.
+// kRows rows from `row` times kVectors * kLanes columns from `column`.
 template <typename T, Sums kSums, int kRows, int kVectors>
-void MultiplyTile(const Range& range, int64_t column) {
+void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
-  float* const tile = range.tile + column;
+  const float* const a = range.a + row * kKBlock;
+  float* const tile = range.tile + row * range.tile_stride + column;
   const char* panels[kVectors];
   F32 sum[kRows][kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -65,7 +66,7 @@ void MultiplyTile(const Range& range, int64_t column) {
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
       F32 x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = Set(range.a[r * kKBlock + k + i]);
+      for (int r = 0; r < kRows; ++r) x[r] = Set(a[r * kKBlock + k + i]);
       for (int v = 0; v < kVectors; ++v) {
         F32 element = Layout::template Element<i>(w[v]);
         if constexpr (kSums == Sums::kExact) {
@@ -92,7 +93,7 @@ void MultiplyTile(const Range& range, int64_t column) {
       if constexpr (kSums == Sums::kInt) {
         Store(to, Load<U32>(to) + (U32) __builtin_convertvector(sum[r][v], I32));
       } else if constexpr (kSums == Sums::kScaled) {
-        const F32 both = Fma(Set(range.sums[r]), Load<F32>(range.offset + n), sum[r][v]);
+        const F32 both = Fma(Set(range.sums[row + r]), Load<F32>(range.offset + n), sum[r][v]);
         Store(to, Fma(both, Load<F32>(range.scale + n), Load<F32>(to)));
       } else {
         Store(to, sum[r][v]);
@@ -110,29 +111,31 @@ constexpr int kWide = kRegisters == 32 ? (kRows <= 2   ? 8
                                        : (kRows <= 2 ? 4 : 2);
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
-template <typename T, Sums kSums, int kRows>
-void MultiplyColumns(const Range& range, int64_t columns) {
-  constexpr int64_t kStep = kWide<kRows> * kLanes;
-  int64_t n = 0;
-  for (; n + kStep <= columns; n += kStep) MultiplyTile<T, kSums, kRows, kWide<kRows>>(range, n);
-  if constexpr (kWide<kRows> > 2) {
-    for (; n < columns; n += 2 * kLanes) MultiplyTile<T, kSums, kRows, 2>(range, n);
+// Calls use(kRows, kVectors, row, column) for each tile of `rows` rows and `columns` columns, which are
+// rounded up to whole panels. The first two are constants to the compiler; a tile has kMost rows where so
+// many are left.
+template <int kMost, typename Use>
+inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
+  columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
+  for (int64_t row = 0; row < rows; row += kMost) {
+    Unrolled<kMost>([&](auto i) {
+      constexpr std::integral_constant<int, i + 1> kRows;
+      if (rows - row != kRows && (kRows != kMost || rows - row < kRows)) return;
+      constexpr std::integral_constant<int, kWide<kRows>> kVectors;
+      int64_t n = 0;
+      for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) use(kRows, kVectors, row, n);
+      if constexpr (kVectors > 2) {
+        for (; n < columns; n += 2 * kLanes) use(kRows, std::integral_constant<int, 2>(), row, n);
+      }
+    });
   }
 }
 
-// `rows` rows times `columns` columns, which are rounded up to whole panels.
 template <typename T, Sums kSums, int kMost>
-void MultiplyRange(Range range, int64_t rows, int64_t columns) {
-  columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
-  for (; rows > 0; rows -= kMost) {
-    Unrolled<kMost>([&](auto i) {
-      constexpr int kRows = i + 1;
-      if (rows == kRows || (kRows == kMost && rows > kRows)) MultiplyColumns<T, kSums, kRows>(range, columns);
-    });
-    range.a += kMost * kKBlock;
-    range.sums += kMost;
-    range.tile += kMost * range.tile_stride;
-  }
+void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
+  ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
+    MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column);
+  });
 }
 
 // The sum of `count` floats, in an order that `count` alone decides.
@@ -200,17 +203,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       for (int64_t k = 0; k < block_rows; k += kLanes) Store(scratch->row + k, left.Get(row, block + k));
       range.a = scratch->row;
     }
-    if (weight.packed) {
-      const char* const expert =
-          static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-      const Panels whole = {expert, weight.panel_bytes};
-      range.panels = {whole.At<T>(block, columns.column), weight.panel_bytes};
-    } else {
-      range.panels = {reinterpret_cast<const char*>(scratch->packed),
-                      depth / Panel<T>::kGroup * kGroupBytes<T>};
-      const Block part = {segment.expert, block, block_rows, columns.column, columns.columns};
-      PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), range.panels);
-    }
+    range.panels =
+        PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
+                    {segment.expert, block, block_rows, columns.column, columns.columns}, depth, scratch);
     if (expanded) {
       Expand<T>(range.panels, block_rows, columns.columns, scratch->panel);
       const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
@@ -247,8 +242,8 @@ inline bool Overflowed(const float* sums, int64_t columns) {
   return found != 0;
 }
 
-// A tile to add to. -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32 it
-// must be 0.
+// A tile to add to. -0 is what adding leaves everything as it is: with K == 0 a bias of -0 stays -0. As int32
+// it must be 0.
 inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float* tile) {
   const F32 zero = wave.steps.quant ? F32{} : Set(-0.0f);
   for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes) Store(tile + i, zero);
@@ -256,8 +251,8 @@ inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float*
 
 // Multiplies those rows again, one by one, whose sums have an infinity or a NaN.
 template <typename T, Sums kSums>
-void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns, float* tile,
-            TaskScratch* scratch) {
+void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
+            float* tile, TaskScratch* scratch) {
   for (int64_t r = 0; r < segment.rows; ++r) {
     float* const row = tile + r * TileStride(columns.columns);
     if (!Overflowed(row, columns.columns)) continue;

@@ -46,8 +46,9 @@ struct Steps {
   uint32_t deq_scale_mask;  // bits of a 32-bit deq_scale that count
 };
 
-// How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64 bytes,
-// bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8.
+// How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64
+// bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8, which
+// dot products (dot-inl.h) take too.
 enum class Left : uint8_t { kFloat, kBf16, kSplit, kInt8 };
 
 // Floats between the rows of a left operand's segments, enough for each way of storing them.
@@ -56,8 +57,8 @@ constexpr int64_t LeftStride(int64_t K) { return (K + kKBlock - 1) / kKBlock * k
 // One of the two products: a [rows, K] times the weight of an expert [K, N].
 struct Product {
   int64_t K, N;
-  float* a;  // LeftStride(K) floats for each row, and kMaxRows more, which tiles may read beyond the last one;
-             // the second product's is the first one's result
+  float* a;  // LeftStride(K) floats for each row, and kMaxRows more, which tiles may read beyond the last
+             // one; the second product's is the first one's result
   const Weight* weight;
   const Channels* channels;
 };
@@ -86,8 +87,8 @@ struct Block {
 // One worker's scratch. Where a task has fewer columns than an array holds, it is a prefix that is used.
 struct alignas(64) TaskScratch {
   float tile[2]
-            [kTileSize];  // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
-  float group[kTileSize];      // sums of one antiquant group, on tiles
+            [kTileSize];   // sums [segment rows, columns] as float32 or int32; [1] is the right half of a GLU
+  float group[kTileSize];  // sums of one antiquant group, on tiles
   float packed[kPanelSize];    // panels of a plain weight, packed for this task
   float panel[kPanelSize];     // panels as float32
   float bias[2][kMaxColumns];  // float32 or int32
@@ -126,10 +127,14 @@ struct Kernels {
 };
 
 extern const Kernels kGenericKernels;
+extern const Kernels kNeonKernels;  // aarch64 only
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
-extern const Kernels kAmxModelKernels;  // everywhere: the algorithms of kAmxKernels on tiles in plain C++, for tests
+extern const Kernels
+    kAmxModelKernels;  // everywhere: the algorithms of kAmxKernels on tiles in plain C++, for tests
 
 // Those named `isa`, or the selected ones for null. Throws std::runtime_error for what cannot run here
 // (isa.cc).
