@@ -49,7 +49,7 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
       U32 w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         w[v] = Weights(Load<U32>(panels[v]));
-        if (v * sizeof(U32) % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
+        if (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
         panels[v] += kGroupBytes<int8_t>;
       }
       for (int r = 0; r < kRows; ++r) {
