@@ -3,7 +3,7 @@
 // test-aarch64` runs under an emulator. Every mode, dense, by expert and as ffn.moe, is computed plainly in
 // double with a bound on the way (docs/numerics.md, made simpler and wider); w8a8 with relu must be exact,
 // and a row's bits may depend on nothing else. tests/test_kernels.py asks much more, where Python is. Prints
-// a line for each instruction set.
+// a line for each instruction set. An argument names the one that must have been selected.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -375,7 +375,7 @@ std::string Check(const Call& call, const std::vector<Cell>& expected, const cha
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   std::map<std::string, double> used;
   std::map<std::string, int> failures;
   size_t isas = 0;
@@ -418,5 +418,9 @@ int main() {
                 used[names[i]]);
   }
   std::printf("selected: %s\n", SelectedIsa());
+  if (count > 1 && std::strcmp(SelectedIsa(), arguments[1]) != 0) {
+    std::printf("but it should be %s\n", arguments[1]);
+    failed = true;
+  }
   return failed ? 1 : 0;
 }
