@@ -69,13 +69,17 @@ test-asan: build .venv-npu/ready
 	$(SANITIZED) .venv/bin/pytest --capture=sys $(ASAN_TESTS)
 	$(SANITIZED) .venv-npu/bin/pytest --capture=sys --device npu $(ASAN_NPU_TESTS)
 
-# What knows neither torch nor Python, for aarch64. Compiled and linked only.
+# What knows neither torch nor Python, for aarch64. The kernels run, under an emulator of CPUs with and without dot products.
 test-aarch64: .venv/ready
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
 	  { echo "aarch64-linux-gnu-g++ was not found: install Debian's package g++-aarch64-linux-gnu" >&2; exit 1; }
+	@command -v qemu-aarch64 >/dev/null || \
+	  { echo "qemu-aarch64 was not found: install Debian's package qemu-user" >&2; exit 1; }
 	$(CMAKE) -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DFFN_OPS_WERROR=ON
-	.venv/bin/cmake --build build/aarch64 --target ffn_core opapi
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DFFN_OPS_WERROR=ON
+	.venv/bin/cmake --build build/aarch64 --target ffn_core opapi kernel_selftest
+	qemu-aarch64 -cpu max build/aarch64/kernel_selftest neon
+	qemu-aarch64 -cpu cortex-a53 build/aarch64/kernel_selftest generic
 
 # What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'
 # models. Same Python, so it takes the compiled modules of .venv from the checkout. With byte code, unlike .venv: its

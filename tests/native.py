@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import pytest
 from tolerance import Kernel
 
 from ffn_ops import _native
@@ -27,8 +28,15 @@ def _emulate() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
+HARDWARE_ISAS = [name for name, supported in _native.isas() if supported]
 EMULATED = _emulate()
 SUPPORTED_ISAS = [name for name, supported in _native.isas() if supported]
+# A trap for each 64 products takes minutes.
+SLOW_ISAS = [name for name in SUPPORTED_ISAS if name not in HARDWARE_ISAS and name.endswith("vnni")]
+each_isa = pytest.mark.parametrize(
+    "isa",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_ISAS else []) for name in SUPPORTED_ISAS],
+)
 TILES = {name: Kernel(tiles=name == "amx") for name in SUPPORTED_ISAS}  # for the bound of each
 TILES_FROM_16_ROWS = ("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16")  # where they have tiles
 _INT4 = np.dtype(ml_dtypes.int4)

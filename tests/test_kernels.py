@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import EMULATED, SUPPORTED_ISAS, TILES, TILES_FROM_16_ROWS, native_ffn
+from native import EMULATED, HARDWARE_ISAS, SLOW_ISAS, TILES, TILES_FROM_16_ROWS, each_isa, native_ffn
 from tolerance import FLUSHED, assert_close
 
 import reference
@@ -40,8 +40,6 @@ PLAIN = ("fastgelu", "gelu", "relu", "silu")
 EDGES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 255, 256, 257)
 SEED = 20240607
 BIT_46 = np.uint64(1 << 46)  # of a 64-bit deq_scale; no effect
-
-each_isa = pytest.mark.parametrize("isa", SUPPORTED_ISAS)
 
 
 def make_call(
@@ -383,7 +381,7 @@ def test_the_environment_forces_an_instruction_set_or_is_refused():
     sentence = f"FFN_OPS_ISA is avx1024, but this build has {names} (unset it, or name one of these)"
     assert selected("generic").stdout == "generic\n"
     assert sentence in selected("avx1024").stderr
-    assert _native.selected_isa() in SUPPORTED_ISAS
+    assert _native.selected_isa() in HARDWARE_ISAS
 
 
 def test_arrays_that_do_not_fit_together_are_refused_in_the_contracts_words():
@@ -397,6 +395,17 @@ def test_arrays_that_do_not_fit_together_are_refused_in_the_contracts_words():
     call = make_call("float32", "relu", 4, 8, 16, counts=(3,))
     with pytest.raises(ValueError, match="expert_tokens covers 3 rows, but x has M = 4"):
         native_ffn(**call)
+
+
+@pytest.mark.parametrize("isa", SLOW_ISAS)
+@pytest.mark.parametrize("mode", ["w8a8", "w8a8_bf16"])
+@pytest.mark.parametrize("counts", [(), (1, 0, 13, 4)], ids=["dense", "experts"])
+def test_emulated_dot_products_of_int8_agree_with_the_reference(isa, mode, counts):
+    """What the slow tests do at length."""
+    M = sum(counts) or 5
+    for activation in ("relu", "swiglu"):
+        for transposed in (False, True):
+            check(make_call(mode, activation, M, 70, 36, counts=counts, transposed=transposed), isa)
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import SUPPORTED_ISAS, TILES, TILES_FROM_16_ROWS, native_ffn
+from native import TILES, TILES_FROM_16_ROWS, each_isa, native_ffn
 from strategies import Call, calls, to_numpy
 from tolerance import assert_moe_close
 
@@ -48,7 +48,7 @@ def test_a_legal_call_agrees_with_the_reference(mode: str, data: st.DataObject, 
 
 
 @each_mode
-@pytest.mark.parametrize("isa", SUPPORTED_ISAS)
+@each_isa
 @settings(max_examples=15)
 @given(data=st.data(), seed=SEEDS, threads=st.integers(1, 8))
 def test_every_instruction_set_agrees(isa: str, mode: str, data: st.DataObject, seed: int, threads: int):

@@ -152,21 +152,12 @@ void MultiplyOnTiles(const Wave& wave, const Product& product, const Segment& se
     for (int64_t n = 0; n < columns.columns; n += kMinColumns) {
       const Columns strip = {columns.column + n,
                              columns.columns - n < kMinColumns ? columns.columns - n : kMinColumns};
-      Panels panels;
-      if (weight.packed) {
-        const char* const expert =
-            static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-        const Panels whole = {expert, weight.panel_bytes};
-        panels = {whole.At<T>(block, strip.column), weight.panel_bytes};
-      } else {
-        panels = {reinterpret_cast<const char*>(scratch->packed),
-                  kKBlock / Panel<T>::kGroup * kGroupBytes<T>};
-        const Block part = {segment.expert, block, rows, strip.column, strip.columns};
-        if (rows % step != 0) {
-          __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
-        }
-        PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), panels);
+      if (!weight.packed && rows % step != 0) {
+        __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
       }
+      const Panels panels =
+          PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
+                      {segment.expert, block, rows, strip.column, strip.columns}, kKBlock, scratch);
       char* const high = reinterpret_cast<char*>(scratch->panel);
       char* const rest = high + sizeof(scratch->panel) / 2;
       Panels pairs = panels;

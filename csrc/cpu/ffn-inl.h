@@ -12,6 +12,8 @@
 #include "cpu/packed-inl.h"
 #if defined(FFN_AMX)
 #include "cpu/amx-inl.h"
+#elif defined(FFN_DOT)
+#include "cpu/dot-inl.h"
 #endif
 #include "cpu/vec-inl.h"
 
@@ -76,18 +78,21 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
   if (wave.steps.quant) LoadDeqScale(wave, channels.deq_scale, index, columns.columns, deq_scale);
 }
 
+// How segments store their left operands, and what multiplies those that are not floats.
 #if defined(FFN_AMX)
 constexpr auto LeftOf = AmxLeftOf;
+constexpr auto MultiplyNarrow = AmxMultiply;
+#elif defined(FFN_DOT)
+constexpr auto LeftOf = DotLeftOf;
+constexpr auto MultiplyNarrow = DotMultiply;
 #else
 Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
+constexpr auto MultiplyNarrow = Multiply;
 #endif
 
 inline void MultiplySegment(const Wave& wave, const Product& product, const Segment& segment,
                             const Columns& columns, float* tile, TaskScratch* scratch) {
-#if defined(FFN_AMX)
-  if (segment.left != Left::kFloat) return AmxMultiply(wave, product, segment, columns, tile, scratch);
-#endif
-  Multiply(wave, product, segment, columns, tile, scratch);
+  (segment.left == Left::kFloat ? Multiply : MultiplyNarrow)(wave, product, segment, columns, tile, scratch);
 }
 
 // kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.

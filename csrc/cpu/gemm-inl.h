@@ -37,13 +37,14 @@ struct Range {
   int64_t tile_stride;
 };
 
-// kRows rows times kVectors * kLanes columns from `column`.
+// kRows rows from `row` times kVectors * kLanes columns from `column`.
 template <typename T, Sums kSums, int kRows, int kVectors>
-void MultiplyTile(const Range& range, int64_t column) {
+void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
-  float* const tile = range.tile + column;
+  const float* const a = range.a + row * kKBlock;
+  float* const tile = range.tile + row * range.tile_stride + column;
   const char* panels[kVectors];
   F32 sum[kRows][kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -70,7 +71,7 @@ void MultiplyTile(const Range& range, int64_t column) {
         const int64_t n = column + v * kLanes;
         return (stored + Load<F32>(range.offset + n)) * Load<F32>(range.scale + n);
       };
-      const auto x = [&](int r) __attribute__((always_inline)) { return Set(range.a[r * kKBlock + k + i]); };
+      const auto x = [&](int r) __attribute__((always_inline)) { return Set(a[r * kKBlock + k + i]); };
       // All of one side are held in registers beside the sums: the side that has fewer.
       if constexpr (kRows > kVectors) {
         F32 elements[kVectors];
@@ -105,7 +106,7 @@ void MultiplyTile(const Range& range, int64_t column) {
       if constexpr (kSums == Sums::kInt) {
         Store(to, Load<U32>(to) + (U32) __builtin_convertvector(sum[r][v], I32));
       } else if constexpr (kSums == Sums::kScaled) {
-        const F32 both = Fma(Set(range.sums[r]), Load<F32>(range.offset + n), sum[r][v]);
+        const F32 both = Fma(Set(range.sums[row + r]), Load<F32>(range.offset + n), sum[r][v]);
         Store(to, Fma(both, Load<F32>(range.scale + n), Load<F32>(to)));
       } else {
         Store(to, sum[r][v]);
@@ -123,29 +124,31 @@ constexpr int kWide = kRegisters == 32 ? (kRows <= 2   ? 8
                                        : (kRows <= 2 ? 4 : 2);
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
-template <typename T, Sums kSums, int kRows>
-void MultiplyColumns(const Range& range, int64_t columns) {
-  constexpr int64_t kStep = kWide<kRows> * kLanes;
-  int64_t n = 0;
-  for (; n + kStep <= columns; n += kStep) MultiplyTile<T, kSums, kRows, kWide<kRows>>(range, n);
-  if constexpr (kWide<kRows> > 2) {
-    for (; n < columns; n += 2 * kLanes) MultiplyTile<T, kSums, kRows, 2>(range, n);
+// Calls use(kRows, kVectors, row, column) for each tile of `rows` rows and `columns` columns, which are
+// rounded up to whole panels. The first two are constants to the compiler; a tile has kMost rows where so
+// many are left.
+template <int kMost, typename Use>
+inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
+  columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
+  for (int64_t row = 0; row < rows; row += kMost) {
+    Unrolled<kMost>([&](auto i) {
+      constexpr std::integral_constant<int, i + 1> kRows;
+      if (rows - row != kRows && (kRows != kMost || rows - row < kRows)) return;
+      constexpr std::integral_constant<int, kWide<kRows>> kVectors;
+      int64_t n = 0;
+      for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) use(kRows, kVectors, row, n);
+      if constexpr (kVectors > 2) {
+        for (; n < columns; n += 2 * kLanes) use(kRows, std::integral_constant<int, 2>(), row, n);
+      }
+    });
   }
 }
 
-// `rows` rows times `columns` columns, which are rounded up to whole panels.
 template <typename T, Sums kSums, int kMost>
-void MultiplyRange(Range range, int64_t rows, int64_t columns) {
-  columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
-  for (; rows > 0; rows -= kMost) {
-    Unrolled<kMost>([&](auto i) {
-      constexpr int kRows = i + 1;
-      if (rows == kRows || (kRows == kMost && rows > kRows)) MultiplyColumns<T, kSums, kRows>(range, columns);
-    });
-    range.a += kMost * kKBlock;
-    range.sums += kMost;
-    range.tile += kMost * range.tile_stride;
-  }
+void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
+  ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
+    MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column);
+  });
 }
 
 // The sum of `count` floats, in an order that `count` alone decides.
@@ -216,17 +219,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
     for (int64_t n = 0; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
-      if (weight.packed) {
-        const char* const expert =
-            static_cast<const char*>(weight.data) + segment.expert * weight.expert_stride;
-        const Panels whole = {expert, weight.panel_bytes};
-        range.panels = {whole.At<T>(block, strip.column), weight.panel_bytes};
-      } else {
-        range.panels = {reinterpret_cast<const char*>(scratch->packed),
-                        depth / Panel<T>::kGroup * kGroupBytes<T>};
-        const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
-        PackBlock<T>(SourceOf(weight, wave.problem->weight_dtype, product.K, part), range.panels);
-      }
+      range.panels =
+          PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
+                      {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
         const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;

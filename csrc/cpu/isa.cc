@@ -14,6 +14,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace ffn::cpu {
@@ -21,9 +24,9 @@ namespace {
 
 constexpr const Kernels* kKernels[] = {
 #if defined(__x86_64__)
-    &kAmxKernels,
-    &kAvx512Kernels,
-    &kAvx2Kernels,
+    &kAmxKernels,     &kAvx512VnniKernels, &kAvx512Kernels, &kAvx2VnniKernels, &kAvx2Kernels,
+#elif defined(__aarch64__)
+    &kNeonKernels,
 #endif
     &kGenericKernels,
 };
@@ -39,7 +42,14 @@ bool Supported(const Kernels& kernels) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (&kernels == &kAvx512Kernels) return avx512;
+  if (&kernels == &kAvx2VnniKernels) {  // CPUID leaf 7, subleaf 1: AVX-VNNI, whose name GCC 12 does not know
+    return avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
+  }
+  if (&kernels == &kAvx512VnniKernels) return avx512 && __builtin_cpu_supports("avx512vnni");
   if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
+#elif defined(__aarch64__)
+  // Armv8.2-A, which it is compiled for, has no bit of its own; every CPU with dot products is one.
+  if (&kernels == &kNeonKernels) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
   return &kernels == &kGenericKernels;
 }

@@ -47,7 +47,8 @@ struct Steps {
 };
 
 // How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64
-// bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8.
+// bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8, which
+// dot products (dot-inl.h) take too.
 enum class Left : uint8_t { kFloat, kBf16, kSplit, kInt8 };
 
 // Floats between the rows of a left operand's segments, enough for each way of storing them.
@@ -126,8 +127,11 @@ struct Kernels {
 };
 
 extern const Kernels kGenericKernels;
+extern const Kernels kNeonKernels;  // aarch64 only
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
+extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
 
 // Whether this CPU has Intel's tiles for bf16 and int8, and the operating system lets the process use them.

@@ -10,7 +10,7 @@ namespace ffn::cpu {
 namespace {
 
 // Columns of a block, which is one tile's 64 bytes or kKBlock floats.
-inline int64_t BlockColumns(Left left) {
+constexpr int64_t BlockColumns(Left left) {
   return left == Left::kFloat ? kKBlock : left == Left::kInt8 ? 64 : 32;
 }
 

@@ -235,6 +235,22 @@ inline Source SourceOf(const Weight& weight, DType dtype, int64_t K, const Block
   return {data, weight.row_stride, weight.col_stride, block.rows, block.columns, K - block.k};
 }
 
+// The panels of a block: where prepack put them, or packed into scratch, where each has room for `depth`
+// rows.
+template <typename T>
+inline Panels PanelsOf(const Weight& weight, DType dtype, int64_t K, const Block& block, int64_t depth,
+                       TaskScratch* scratch) {
+  if (weight.packed) {
+    const char* const expert = static_cast<const char*>(weight.data) + block.expert * weight.expert_stride;
+    const Panels whole = {expert, weight.panel_bytes};
+    return {whole.At<T>(block.k, block.column), weight.panel_bytes};
+  }
+  const Panels panels = {reinterpret_cast<const char*>(scratch->packed),
+                         depth / Panel<T>::kGroup * kGroupBytes<T>};
+  PackBlock<T>(SourceOf(weight, dtype, K, block), panels);
+  return panels;
+}
+
 // The Kernels entry: packs a block of a plain weight into panels, and zeros the rows that fill a panel up.
 void PackColumns(const Weight& from, DType dtype, int64_t K, const Block& block, int64_t panel_bytes,
                  char* to) {

@@ -300,5 +300,49 @@ inline void Transpose(F32* a) {
   if constexpr (kDistance > 1) Transpose<kDistance / 2>(a);
 }
 
+// Dot products of quads of int8: where they are, FFN_DOT is defined. DotProduct adds to each lane of the sum,
+// wrapping around, the products of the quads in that lane of w and x; MultiplyQuads<i> takes quad i of a
+// row's kQuads for all lanes. Intel's take w as unsigned, so there Weights makes each weight kQuadOffset more
+// than it was.
+#if defined(FFN_AVX512) && defined(__AVX512VNNI__)
+#define FFN_DOT 1
+inline I32 DotProduct(I32 sum, U32 w, I32 x) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+#elif defined(FFN_AVX2) && defined(__AVXVNNI__)
+#define FFN_DOT 1
+inline I32 DotProduct(I32 sum, U32 w, I32 x) {
+  return (I32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+}
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define FFN_DOT 1
+inline I32 DotProduct(I32 sum, U32 w, I32 x) {
+  return (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
+}
+#endif
+
+#if defined(FFN_DOT)
+constexpr int kQuads = 4;
+#if defined(__x86_64__)
+constexpr int kQuadOffset = 128;
+using Quads = const char*;
+inline Quads LoadQuads(const char* p) { return p; }
+inline U32 Weights(U32 w) { return w ^ 0x80808080u; }
+template <int kQuad>
+inline I32 MultiplyQuads(I32 sum, U32 w, Quads x) {
+  return DotProduct(sum, w, Load<int32_t>(x + 4 * kQuad) - I32{});
+}
+#else
+constexpr int kQuadOffset = 0;
+using Quads = int8x16_t;
+inline Quads LoadQuads(const char* p) { return Load<Quads>(p); }
+inline U32 Weights(U32 w) { return w; }
+template <int kQuad>
+inline I32 MultiplyQuads(I32 sum, U32 w, Quads x) {
+  return (I32)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)w, x, kQuad);
+}
+#endif
+#endif
+
 }  // namespace
 }  // namespace ffn::cpu

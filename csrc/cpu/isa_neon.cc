@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for aarch64 with dot products: Armv8.2-A, the servers' Kunpeng 920 and Neoverse among them;
+// CMakeLists.txt has the flags.
+#include "cpu/ffn-inl.h"
+
+#if !defined(FFN_DOT)
+#error "isa_neon.cc is compiled without its flags"
+#endif
+
+namespace ffn::cpu {
+
+const Kernels kNeonKernels = {"neon", LeftOf, LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
+
+}  // namespace ffn::cpu
