@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses among the instruction sets that are compiled in (kernels.h). Compiled for the baseline.
-#include <dlfcn.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,6 +10,7 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <dlfcn.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__)
@@ -57,9 +56,12 @@ bool Supported(const Kernels& kernels) {
 // Whether they run at all: on this machine, or with something in the process that does the work of
 // instructions which it lacks (tests/instructions.cc). Such help counts only for what is asked for by name.
 bool Runs(const Kernels& kernels) {
+#if defined(__x86_64__)
   using Emulates = bool(const char*);
   const auto emulates = reinterpret_cast<Emulates*>(dlsym(RTLD_DEFAULT, "FfnOpsEmulates"));
-  return Supported(kernels) || (emulates != nullptr && emulates(kernels.name));
+  if (emulates != nullptr && emulates(kernels.name)) return true;
+#endif
+  return Supported(kernels);
 }
 
 const Kernels* Named(const char* name) {
