@@ -18,6 +18,7 @@ class OpenVino(Peer):
     """Two MatMuls, with float or int8 weights. It gets x in float32 and leaves y so, which is a favour."""
 
     name = "openvino"
+    kinds = ("dense",)
     process = "openvino"
     quick = False
     packs = True
@@ -26,7 +27,7 @@ class OpenVino(Peer):
         return None if importlib.util.find_spec("openvino") else "openvino is not installed"
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes=" ".join(PRECISIONS), kind="dense", activations="gelu relu silu")
+        refusal = only(case, modes=" ".join(PRECISIONS), activations="gelu relu silu")
         if refusal is None and case.mode.group:
             return "has no groups"
         if (

@@ -44,7 +44,6 @@ def isa(dtype: torch.dtype) -> str:
 
 class Vllm(Peer):
     packs = True
-    quick = False
 
     def available(self) -> str | None:
         if importlib.util.find_spec("vllm") is None:
@@ -56,9 +55,10 @@ class Onednn(Vllm):
     """oneDNN through vLLM's handlers."""
 
     name = "vllm onednn_mm"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="float32 fp16 bf16", kind="dense") or load()
+        return only(case, modes="float32 fp16 bf16") or load()
 
     def make(self, case: Case) -> Call:
         handlers = [
@@ -81,9 +81,10 @@ class OnednnScaled(Vllm):
     """oneDNN's int8 product with static scales, through vLLM's handlers."""
 
     name = "vllm onednn_scaled_mm"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="w8a8_bf16", kind="dense") or load()
+        return only(case, modes="w8a8_bf16") or load()
 
     def make(self, case: Case) -> Call:
         products = (case.weights.first, case.weights.second)
@@ -112,10 +113,11 @@ class FusedMoe(Vllm):
     """cpu_fused_moe: gated experts in one operator."""
 
     name = "vllm cpu_fused_moe"
+    kinds = ("moe",)
 
     def refuses(self, case: Case) -> str | None:
         modes, activations = "float32 fp16 bf16", "swiglu geglu"
-        return only(case, modes=modes, kind="moe", activations=activations) or load()
+        return only(case, modes=modes, activations=activations) or load()
 
     def make(self, case: Case) -> Call:
         assert case.routing is not None
@@ -148,9 +150,10 @@ class Wna16(Vllm):
     """cpu_gemm_wna16: int4 weights in groups."""
 
     name = "vllm cpu_gemm_wna16"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="w4a16 w4a16_bf16", kind="dense")
+        refusal = only(case, modes="w4a16 w4a16_bf16")
         return refusal or (None if case.mode.group else "needs groups") or load()
 
     def make(self, case: Case) -> Call:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks import measure, report, run
-from benchmarks.cases import ROUTINGS, SHAPES, Case, Weights, read_shapes, route
+from benchmarks.cases import SHAPES, SKEWED, UNIFORM, Case, Weights, read_shapes, route
 from benchmarks.check import Answer
 from benchmarks.peers import Eager, Ours
 from ffn_ops import contract, packing
 
 ROOT = Path(__file__).parents[1]
 DENSE, MOE = read_shapes(SHAPES / "tiny.toml")
+ROUTINGS = (UNIFORM, *SKEWED)
 MISBEHAVING = [
     f"tests.bench_peers:{name}" for name in ("Wrong", "CrashesAtOnce", "CrashesLater", "Alone", "Absent")
 ]
