@@ -435,9 +435,16 @@ PEERS: tuple[type[Peer], ...] = (
 
 def known() -> dict[str, type[Peer]]:
     """Every peer by its name, those of other packages included."""
-    from benchmarks import encoder, npu, openvino, vllm  # which are built on this module
+    from benchmarks import (  # which are built on this module
+        encoder,
+        kt_kernel,
+        npu,
+        onnxruntime,
+        openvino,
+        vllm,
+    )
 
-    others = (vllm, openvino, encoder, npu)
+    others = (vllm, openvino, onnxruntime, kt_kernel, encoder, npu)
     return {peer.name: peer for peer in (*PEERS, *(peer for module in others for peer in module.PEERS))}
 
 
