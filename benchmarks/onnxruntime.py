@@ -153,7 +153,23 @@ class QMoe(OnnxRuntime):
             for name in experts[0]:
                 weights[f"{name}{i}"] = torch.stack([expert[name] for expert in experts])
             weights[f"w{i}"] = weights[f"w{i}"].flatten(2)
-        names = "x chosen w1 scales1 - w2 scales2 - - - - zeros1 zeros2 - chosen".split()
+        names = [
+            "x",
+            "chosen",
+            "w1",
+            "scales1",
+            "-",
+            "w2",
+            "scales2",
+            "-",
+            "-",
+            "-",
+            "-",
+            "zeros1",
+            "zeros2",
+            "-",
+            "chosen",
+        ]
         node = helper.make_node("QMoE", [name.strip("-") for name in names], ["y"], domain=DOMAIN,
                                 expert_weight_bits=bits(case), block_size=case.mode.group or BLOCK,
                                 **attributes(case))  # fmt: skip

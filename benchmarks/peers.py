@@ -435,16 +435,9 @@ PEERS: tuple[type[Peer], ...] = (
 
 def known() -> dict[str, type[Peer]]:
     """Every peer by its name, those of other packages included."""
-    from benchmarks import (  # which are built on this module
-        encoder,
-        kt_kernel,
-        npu,
-        onnxruntime,
-        openvino,
-        vllm,
-    )
+    from benchmarks import encoder, kt_kernel, npu, onnxruntime, openvino, sgl, vllm  # built on this module
 
-    others = (vllm, openvino, onnxruntime, kt_kernel, encoder, npu)
+    others = (vllm, sgl, openvino, onnxruntime, kt_kernel, encoder, npu)
     return {peer.name: peer for peer in (*PEERS, *(peer for module in others for peer in module.PEERS))}
 
 

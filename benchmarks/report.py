@@ -325,7 +325,7 @@ def publish(source: Path, page: Path) -> list[Path]:
         "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
         "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
         "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
-        'compared through ours beside it. "ours is": its time over ours. bar: how many times as fast ours is to be. '
+        'compared through ours beside it. "ours is": its time over ours. bar: how many times as fast it is to be. '
         "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]

@@ -177,14 +177,13 @@ class Wna16(Vllm):
     def _pack(product: Product) -> tuple[Tensor, Tensor, Tensor]:
         """It multiplies by (unsigned value - zero) * scale; eight values a word, blocks of columns."""
         K = len(product.values)
-        words = _words(product.values + 8)
-        blocks = words.view(K, -1, INT4_BLOCK // INT4_PER_WORD).permute(1, 0, 2)
+        blocks = words(product.values + 8).view(K, -1, INT4_BLOCK // INT4_PER_WORD).permute(1, 0, 2)
         assert product.scale is not None and product.offset is not None
-        zeros = _words(8 - product.offset.to(torch.int32))
+        zeros = words(8 - product.offset.to(torch.int32))
         return blocks.reshape(blocks.shape[0], -1).contiguous(), product.scale, zeros
 
 
-def _words(values: Tensor) -> Tensor:
+def words(values: Tensor) -> Tensor:
     """Eight unsigned int4 along the last dimension in an int32, low bits first."""
     signed = ((values.to(torch.int8) + 8) & 15) - 8  # the int4 of the same bits
     return packing.pack_int4(signed, torch.int32)
