@@ -41,14 +41,14 @@ def our_seconds(cell: dict[str, Any], device: str = "cpu") -> float | None:
     return min((time for time in times if time), default=None)
 
 
-def best_peer(cell: dict[str, Any]) -> tuple[str, float] | None:
-    """The fastest on a CPU, by name, and its time: as if it had run in the process where ours did."""
-    mine = our_seconds(cell)
+def best_peer(cell: dict[str, Any], device: str = "cpu") -> tuple[str, float] | None:
+    """The fastest, by name, and its time: as if it had run in the process where ours did."""
+    mine = our_seconds(cell, device)
     times = {
         name: result["seconds"]
         * (mine / result["anchor_seconds"] if mine and result.get("anchor_seconds") else 1)
         for name, result in _timed(cell).items()
-        if name not in OURS_NAMES and result["device"] == "cpu" and not result["other_numerics"]
+        if name not in OURS_NAMES and result["device"] == device and not result["other_numerics"]
     }
     return min(times.items(), key=lambda one: one[1], default=None)
 
@@ -325,7 +325,7 @@ def publish(source: Path, page: Path) -> list[Path]:
         "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
         "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
         "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
-        'compared through ours beside it. "ours is": its time over ours. bar: how many times as fast it is to be. '
+        'compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
         "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]
@@ -350,21 +350,30 @@ CELL_HEADINGS = ("cell", "ours", "of limit", "best peer", "its time", "ours is",
 
 def cell_rows(results: Results, shape: str) -> Iterator[tuple[str, ...]]:
     by_name = {cell_name(cell): cell for cell in results["cells"]}
-    for cell in (cell for cell in results["cells"] if cell["shape"] == shape):
-        name = cell_name(cell).removeprefix(f"{shape}, ")
-        mine = min((pair for pair in _timed(cell).items() if pair[0] in OURS["cpu"]), default=None,
+    pairs = [(cell, device) for cell in results["cells"] for device in OURS if cell["shape"] == shape
+             and any(name in cell["results"] for name in OURS[device])]  # fmt: skip
+    for cell, device in pairs:
+        name = cell_name(cell).removeprefix(f"{shape}, ") + (" on NPU" if device == "npu" else "")
+        mine = min((pair for pair in _timed(cell).items() if pair[0] in OURS[device]), default=None,
                    key=lambda pair: pair[1]["seconds"])  # fmt: skip
         if mine is None:
             yield name, "none", *[""] * (len(CELL_HEADINGS) - 2)
             continue
-        seconds, peer = mine[1]["seconds"], best_peer(cell)
+        seconds, peer = mine[1]["seconds"], best_peer(cell, device)
         limit = f"{mine[1]['of_limit']:.0%} {cell['limit']}" if "of_limit" in mine[1] else ""
         error = f"{mine[1]['error']:.1e}"
         shown = ("none", "", "")
         if peer is not None:
             shown = (peer[0], duration(peer[1]), f"{peer[1] / seconds:.2f}x")
             error += f" / {cell['results'][peer[0]]['error']:.1e}"
-        yield name, f"{duration(seconds)}", limit, *shown, bar(cell, seconds, by_name), error
+        yield (
+            name,
+            f"{duration(seconds)}",
+            limit,
+            *shown,
+            bar(cell, seconds, by_name) if device == "cpu" else "",
+            error,
+        )
 
 
 def bar(cell: dict[str, Any], seconds: float, by_name: dict[str, dict[str, Any]]) -> str:

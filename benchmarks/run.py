@@ -7,7 +7,6 @@ of their own get a worker for themselves, with ours beside them as an anchor. Wh
 that it was at has crashed; another worker goes on without it.
 """
 
-import contextlib
 import json
 import os
 import selectors
@@ -167,10 +166,10 @@ def work(job: dict[str, Any], peers: list[str], isa: str | None, end: float) -> 
             for line in worker.lines():
                 yield {**line, "results": {**line["results"], **lost}}
                 begin += 1
-        if begin < len(job["cells"]):
-            culprit, result = worker.culprit(), worker.last_words()
-            only_one = culprit and result["status"] == "crashed"
-            lost |= dict.fromkeys([culprit] if only_one else left, result)
+            if begin < len(job["cells"]):
+                culprit, result = worker.culprit(), worker.last_words()
+                only_one = culprit and result["status"] == "crashed"
+                lost |= dict.fromkeys([culprit] if only_one else left, result)
 
 
 class Worker:
@@ -181,11 +180,15 @@ class Worker:
         if isa is not None:
             environment["FFN_OPS_ISA"] = isa
         self._errors, self._diary = tempfile.TemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
-        self._job = json.dumps({**job, "diary": self._diary.name}).encode()
+        self._job = tempfile.TemporaryFile()  # noqa: SIM115
+        self._job.write(json.dumps({**job, "diary": self._diary.name}).encode())
+        self._job.seek(0)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            stdin=self._job, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
+        assert self._process.stdout is not None
+        self._stdout = self._process.stdout
         self._end = end
         self._ended: dict[str, Any] | None = None  # why we ended it
 
@@ -195,16 +198,13 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        for file in (self._stdout, self._job, self._errors, self._diary):
+            file.close()
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What the worker says, until it ends, or hangs and is ended."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # dead already: its exit code says more
-            stdin.write(self._job)
-            stdin.close()
         selector = selectors.DefaultSelector()
-        selector.register(stdout, selectors.EVENT_READ)
+        selector.register(self._stdout, selectors.EVENT_READ)
         pending = b""
         while True:
             left = self._end - time.monotonic()
@@ -213,7 +213,7 @@ class Worker:
                 late = {"status": "skipped", "reason": "the time was over"}
                 self._ended = hung if left > SILENCE_SECONDS else late
                 self._process.kill()
-            read = os.read(stdout.fileno(), 1 << 20)
+            read = os.read(self._stdout.fileno(), 1 << 20)
             if not read:
                 self._process.wait()
                 return

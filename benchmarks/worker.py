@@ -73,6 +73,12 @@ def main() -> None:
             lines.write(json.dumps({"facts": facts, "results": results}) + "\n")
 
 
+def seconds_of(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def measure_cell(
     case: Any, answer: Any, peers: list[Peer], seconds: float, enter: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
@@ -102,12 +108,12 @@ def measure_cell(
         if verdict.reason is not None:
             results[peer.name] = {"status": "wrong", "reason": verdict.reason, "error": verdict.error}
             continue
-        begin = time.perf_counter()
-        call()  # warm-up: the first call was the checked one
-        ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0, time.perf_counter() - begin)
+        # The first call was the checked one; this is the warm-up.
+        ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0, seconds_of(call))
     fastest = min((one.call_seconds for one in ready.values()), default=0.0)
     for name, one in list(ready.items()):
-        if one.call_seconds > max(SLOW * fastest, SLOW_SECONDS):
+        most = max(SLOW * fastest, SLOW_SECONDS)
+        if one.call_seconds > most and seconds_of(one.call) > most:
             reason = f"more than {SLOW} times as slow as the fastest, and more than {SLOW_SECONDS} s a call"
             results[name] = {"status": "slow", "reason": reason, "error": one.verdict.error,
                              "call_seconds": one.call_seconds}  # fmt: skip
