@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours and its competitors, one class each; vllm.py, openvino.py and npu.py hold what needs other packages.
+"""Ours and torch's own competitors, one class each; the modules in known() have those of other packages.
 
 A peer is given the case's operands and brings them into the form it likes before the time counts. What counts
 is the same for all: from x to y, and in a MoE from (x, ids, weights) to the combined y.
@@ -22,7 +22,7 @@ Call = Callable[[], Tensor]
 
 
 class Peer:
-    """A competitor. Refusals are sentences, and become the result of the cell."""
+    """A competitor. Refusals are sentences, and become the result of the cell; so does what make() raises."""
 
     name: str
     kinds: tuple[str, ...] = ("dense", "moe")  # of shapes that it is for
@@ -38,7 +38,7 @@ class Peer:
         return None
 
     def refuses(self, case: Case) -> str | None:
-        """Why it cannot run this cell."""
+        """Why this cell is not for it."""
         raise NotImplementedError
 
     def make(self, case: Case) -> Call:
@@ -277,16 +277,12 @@ class Mkldnn(Peer):
         return None if torch.backends.mkldnn.is_available() else "torch has no mkldnn"
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="float32 fp16 bf16")
-        supported = {
-            "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-            "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        }
-        if refusal is None and not supported.get(case.mode.row.name, lambda: True)():
-            return f"oneDNN has no {case.mode.row.name} on this CPU"
-        return refusal
+        return only(case, modes="float32 fp16 bf16")
 
     def make(self, case: Case) -> Call:
+        mode = case.mode.row.name
+        if mode != "float32" and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{mode}_supported")():
+            raise RuntimeError(f"oneDNN has no {mode} on this CPU")
         weight1, weight2 = (torch.ops.mkldnn._reorder_linear_weight(linear_weights(p), case.M)
                             for p in (case.weights.first, case.weights.second))  # fmt: skip
         bias1, bias2 = biases(case)

@@ -69,11 +69,11 @@ HEADINGS = ("cell", "peer", "median", "quartiles", "ours is", "of limit", "error
 
 
 def rows(results: Results) -> Iterator[tuple[str, ...]]:
-    """One for each peer of each cell, without those that refused because they are for something else."""
+    """One for each peer of each cell, without those that are for something else."""
     for cell in results["cells"]:
         first = True
         for name, result in cell["results"].items():
-            if result["status"] == "refused" and name not in OURS["cpu"]:
+            if result["status"] == "unfit":
                 continue
             head = cell_name(cell) if first else ""
             first = False
@@ -95,7 +95,7 @@ def reasons(results: Results) -> list[str]:
     cells: dict[tuple[str, str, str], int] = {}
     for cell in results["cells"]:
         for name, result in cell["results"].items():
-            if result["status"] != "timed" and (result["status"] != "refused" or name in OURS["cpu"]):
+            if result["status"] not in ("timed", "unfit"):
                 key = (name, result["status"], result["reason"])
                 cells[key] = cells.get(key, 0) + 1
     return [f"{name}, {status} in {_cells(count)}: {why}." for (name, status, why), count in cells.items()]

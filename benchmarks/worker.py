@@ -89,7 +89,7 @@ def measure_cell(
         enter(peer.name)
         refusal = peer.refuses(case)
         if refusal is not None:
-            results[peer.name] = {"status": "refused", "reason": refusal}
+            results[peer.name] = {"status": "unfit", "reason": refusal}
             continue
         size, free = case.shape.weight_bytes(case.mode_name), machine.free_bytes()
         if 1.5 * size > free:  # its copy of the weights, and what it needs to make that
