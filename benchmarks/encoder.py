@@ -101,7 +101,6 @@ class Answer:
 class Original(Peer):
     name = "original bf16"
     kinds = ("encoder",)
-    quick = False
     dtype = torch.bfloat16
 
     def available(self) -> str | None:
