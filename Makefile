@@ -23,7 +23,8 @@ test-cpu: build
 test-all: build test-npu test-asan test-aarch64
 	.venv/bin/python -m pytest
 
-# Hours, on a quiet machine. More peers are measured when they are installed (README); the quick one takes minutes.
+# Up to an hour, on a quiet machine: what is not reached by then is skipped and named. bench-quick: under three minutes.
+# More peers are measured when they are installed (README).
 bench: build
 	.venv/bin/python -m benchmarks
 

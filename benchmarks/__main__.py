@@ -19,28 +19,29 @@ except ModuleNotFoundError as error:
     )
 
 from benchmarks import report
-from benchmarks.cases import SHAPES, Mode, Shape, read_shapes
+from benchmarks.cases import SHAPES, Mode, read_shapes
 from benchmarks.peers import known, load
-from benchmarks.run import ROOT, Options, cells, run
+from benchmarks.run import ROOT, Options, run
 
-MODES = "float32,bf16,fp16,w8a8,w8a8_bf16,w8a16_bf16,w8a16_bf16:128,w4a16_bf16:32,w4a16_bf16:128,w4a16:128"
+FILES = ("cells", "encoder", "switch")  # what ours is held to
 QUICK_MODES = "float32,bf16,w8a8_bf16,w8a16_bf16"
-QUICK_SHAPES = ("MiniLM-L6", "Switch-base-8")
-QUICK_M = 64
-SECONDS, QUICK_SECONDS = 2.0, 0.2
+QUICK_M = {"MiniLM-L6": (1, 32), "Switch-base-8": (1, 64)}
+SECONDS, QUICK_SECONDS = 1.0, 0.2
+MINUTES, QUICK_MINUTES = 60.0, 2.7
 
 Paths = list[Path]
 
 
 def main(
-    shapes: Annotated[
-        Paths | None, typer.Option(help="shape files, or names in benchmarks/shapes; all of them")
-    ] = None,
-    modes: Annotated[str, typer.Option(help="the contract's, by commas; :128 for groups")] = MODES,
+    shapes: Annotated[Paths | None, typer.Option(help="shape files, or names in benchmarks/shapes")] = None,
+    modes: Annotated[
+        str, typer.Option(help="the contract's, by commas, :128 for groups; those of the shape files")
+    ] = "",
     m: Annotated[str, typer.Option(help="rows, by commas; those of the shape files")] = "",
     threads: Annotated[int, typer.Option(help="of each peer")] = len(os.sched_getaffinity(0)),
     isa: Annotated[str | None, typer.Option(help="forces FFN_OPS_ISA on ours")] = None,
     peers: Annotated[str, typer.Option(help="names by commas, or module:Class; all that are known")] = "",
+    minutes: Annotated[float | None, typer.Option(help="what is not reached by then is skipped")] = None,
     out: Annotated[Path | None, typer.Option(help="results file; plots are written beside it")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="two shapes, few modes, and torch's own operators")
@@ -64,7 +65,7 @@ def main(
             typer.echo(path)
         return
     try:
-        options = plan(shapes, modes, m, threads, isa, peers, quick)
+        options = plan(shapes, modes, m, threads, isa, peers, minutes, quick)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
     results, files = measure(options, out or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"))
@@ -78,40 +79,43 @@ def main(
 
 
 def plan(
-    shapes: Paths | None, modes: str, m: str, threads: int, isa: str | None, peers: str, quick: bool
+    shapes: Paths | None,
+    modes: str,
+    m: str,
+    threads: int,
+    isa: str | None,
+    peers: str,
+    minutes: float | None,
+    quick: bool,
 ) -> Options:
-    files = [
-        file if file.suffix else SHAPES / f"{file}.toml" for file in shapes or sorted(SHAPES.glob("*.toml"))
-    ]
-    chosen = [shape for file in files for shape in read_shapes(file)]
     if quick and not shapes:
-        chosen = [_quick(shape) for shape in chosen if shape.name in QUICK_SHAPES]
-    elif not shapes:
-        chosen = [shape for shape in chosen if shape.model != "none"]
-    wanted = (QUICK_MODES if quick and modes == MODES else modes).split(",")
+        chosen = [shape._replace(m=QUICK_M[shape.name], skew_m=(), modes=())
+                  for file in SHAPES.glob("*.toml") for shape in read_shapes(file)
+                  if shape.name in QUICK_M]  # fmt: skip
+    else:
+        files = [file if file.suffix else SHAPES / f"{file}.toml" for file in shapes or map(Path, FILES)]
+        chosen = [shape for file in files for shape in read_shapes(file)]
+    wanted = (modes or (QUICK_MODES if quick else "")).split(",")
+    wanted = [mode for mode in wanted if mode]
     for mode in wanted:
         Mode(mode)
     names = peers.split(",") if peers else [name for name, peer in known().items() if not quick or peer.quick]
     for name in names:
         load(name)
     rows = [int(rows) for rows in m.split(",") if rows]
-    return Options(chosen, wanted, rows, threads, isa, names, QUICK_SECONDS if quick else SECONDS)
-
-
-def _quick(shape: Shape) -> Shape:
-    return shape._replace(m=tuple(M for M in shape.m if M <= QUICK_M), routings=shape.routings[:1])
+    seconds, most = (QUICK_SECONDS, QUICK_MINUTES) if quick else (SECONDS, MINUTES)
+    return Options(chosen, wanted, rows, threads, isa, names, seconds, minutes or most)
 
 
 def measure(options: Options, out: Path) -> tuple[report.Results, list[Path]]:
-    total = (
-        sum(len(cells(shape, options.m)) for shape in options.shapes)
-        * len(options.modes)
-        * len(options.peers)
-    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("limits of the machine", total=total)
-        results = run(options, lambda what, done: progress.update(task, description=what, advance=done))
+        task = progress.add_task("limits of the machine", total=None)
+        results = run(
+            options,
+            lambda total: progress.update(task, total=total),
+            lambda what, done: progress.update(task, description=what, advance=done),
+        )
     return results, report.write(results, out)
 
 

@@ -28,16 +28,26 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 SHAPES = Path(__file__).with_name("shapes")
-ROUTINGS = ("uniform", "zipf", "one-expert", "empty-experts")
+UNIFORM = "uniform"
+SKEWED = ("zipf", "one-expert", "empty-experts")
 SEED = 20260101
 # Rows up to which a call starts with cold weights: such a call reads each weight once, as decoding does
 # between other layers. With more rows the weights stay in use, and a call starts warm.
-COLD_ROWS = {"dense": 128, "moe": 64}
+COLD_ROWS = {"dense": 128, "moe": 64, "encoder": 0}
 _X_SCALE = 2.0**-5  # of int8 x, a power of two so that x8 * _X_SCALE is exact in every dtype
 
 
+class Bar(NamedTuple):
+    """How many times as fast as the best peer ours must be, in some cells of a shape. Elsewhere it is 1."""
+
+    ratio: float
+    modes: tuple[str, ...]
+    m: tuple[int, ...]
+    of: str = "peer"  # or "peer with bf16 x", or "ours in bf16"
+
+
 class Shape(NamedTuple):
-    """A feed-forward block of a model; E = 0 is dense."""
+    """A feed-forward block of a model; E = 0 is dense. An encoder has several, and more."""
 
     name: str
     model: str  # where the sizes come from
@@ -48,12 +58,15 @@ class Shape(NamedTuple):
     m: tuple[int, ...]
     E: int = 0
     top_k: int = 0
-    routings: tuple[str, ...] = ()
+    skew_m: tuple[int, ...] = ()  # rows of the cases with other routings than the uniform one
     idle_m: tuple[int, ...] = ()  # rows of the post-idle case
+    modes: tuple[str, ...] = ()  # unless the command line names others; empty: all
+    bars: tuple[Bar, ...] = ()
+    tokens: int = 0  # of a sentence; not 0: a whole encoder, and m counts sentences
 
     @property
     def kind(self) -> str:
-        return "moe" if self.E else "dense"
+        return "encoder" if self.tokens else "moe" if self.E else "dense"
 
     @property
     def N1(self) -> int:
@@ -71,17 +84,13 @@ class Shape(NamedTuple):
 def read_shapes(file: Path) -> list[Shape]:
     shapes = []
     for entry in tomllib.loads(file.read_text())["shape"]:
-        lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
-        shape = Shape(**{"bias": False, **entry, **lists})
-        if shape.E and not shape.routings:
-            shape = shape._replace(routings=("uniform",))
-        unknown = [name for name in shape.routings if name not in ROUTINGS]
-        if unknown:
-            raise ValueError(
-                f"{file.name}: routing is '{unknown[0]}', but it must be one of {', '.join(ROUTINGS)}"
-            )
-        shapes.append(shape)
+        bars = tuple(Bar(**_tuples(bar)) for bar in entry.pop("bar", ()))
+        shapes.append(Shape(**{"bias": False, **_tuples(entry), "bars": bars}))
     return shapes
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 class Mode:
@@ -288,6 +297,10 @@ class Case:
         hit = sum(rows > 0 for rows in self.histogram) if self.routing else 1
         moved = self.operand.nbytes + self.x.numel() * self.mode.dtype.itemsize
         return hit * self.shape.expert_bytes(self.mode_name) + moved
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"operations": self.operations, "bytes": self.bytes, "histogram": self.histogram}
 
     @property
     def mode_name(self) -> str:

@@ -125,7 +125,8 @@ class Answer:
             error[:, columns] = relative * ((a.value.abs() + a.error) @ gross) + a.error @ gross
         if product.bias is not None:
             bias = product.bias.double()
-            value, error = value + bias, error + relative * bias.abs()
+            held = relative + UNIT[self.case.mode.dtype][0]  # as the cell's dtype has it
+            value, error = value + bias, error + held * bias.abs()
             if self.case.mode.row.scale:  # in whole units of deq_scale
                 assert product.scale is not None
                 error = error + product.scale * input_scale / 2

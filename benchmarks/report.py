@@ -3,23 +3,32 @@
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 Results = dict[str, Any]
-OURS = {"cpu": ("ours packed", "ours"), "npu": ("ours on NPU",)}
+OURS = {"cpu": ("ours packed", "ours", "ours in the encoder"), "npu": ("ours on NPU",)}
 OURS_NAMES = {name for names in OURS.values() for name in names}
+# What csrc/cpu/probe.cc measures, with all threads at once.
+LIMITS = {
+    "fma": "fma, float32 multiply-adds in registers:",
+    "vnni": "vnni, int8 products in registers:",
+    "amx_bf16": "amx_bf16, bf16 tiles in registers:",
+    "amx_int8": "amx_int8, int8 tiles in registers:",
+    "dram": "dram, reads from memory on huge pages:",
+}
 # A figure has become slower when it is beyond the old one by more than this and by more than both spreads.
 SLOWER = 0.1
 EMULATED = "Measured on the emulator: these times say nothing about an NPU."
 
 
 def cell_name(cell: dict[str, Any]) -> str:
-    routing = f", {cell['routing']}" if cell["routing"] else ""
-    return f"{cell['shape']}, {cell['mode']}, M = {cell['M']}, {cell['start']}{routing}"
+    more = "".join(f", {cell[key]}" for key in ("routing", "part") if cell.get(key))
+    return f"{cell['shape']}, {cell['mode']}, M = {cell['M']}, {cell['start']}{more}"
 
 
 def duration(seconds: float) -> str:
@@ -30,6 +39,18 @@ def our_seconds(cell: dict[str, Any], device: str = "cpu") -> float | None:
     """The better of ours."""
     times = [cell["results"].get(name, {}).get("seconds") for name in OURS[device]]
     return min((time for time in times if time), default=None)
+
+
+def best_peer(cell: dict[str, Any], device: str = "cpu") -> tuple[str, float] | None:
+    """The fastest, by name, and its time: as if it had run in the process where ours did."""
+    mine = our_seconds(cell, device)
+    times = {
+        name: result["seconds"]
+        * (mine / result["anchor_seconds"] if mine and result.get("anchor_seconds") else 1)
+        for name, result in _timed(cell).items()
+        if name not in OURS_NAMES and result["device"] == device and not result["other_numerics"]
+    }
+    return min(times.items(), key=lambda one: one[1], default=None)
 
 
 def warnings(results: Results) -> list[str]:
@@ -48,11 +69,11 @@ HEADINGS = ("cell", "peer", "median", "quartiles", "ours is", "of limit", "error
 
 
 def rows(results: Results) -> Iterator[tuple[str, ...]]:
-    """One for each peer of each cell, without those that refused because they are for something else."""
+    """One for each peer of each cell, without those that are for something else."""
     for cell in results["cells"]:
         first = True
         for name, result in cell["results"].items():
-            if result["status"] == "refused" and name not in OURS["cpu"]:
+            if result["status"] == "unfit":
                 continue
             head = cell_name(cell) if first else ""
             first = False
@@ -74,7 +95,7 @@ def reasons(results: Results) -> list[str]:
     cells: dict[tuple[str, str, str], int] = {}
     for cell in results["cells"]:
         for name, result in cell["results"].items():
-            if result["status"] != "timed" and (result["status"] != "refused" or name in OURS["cpu"]):
+            if result["status"] not in ("timed", "unfit"):
                 key = (name, result["status"], result["reason"])
                 cells[key] = cells.get(key, 0) + 1
     return [f"{name}, {status} in {_cells(count)}: {why}." for (name, status, why), count in cells.items()]
@@ -84,23 +105,36 @@ def _cells(count: int) -> str:
     return "1 cell" if count == 1 else f"{count} cells"
 
 
+def machine(results: Results) -> str:
+    described, versions = results["machine"], results["versions"]
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return (
+        f"{described['cpu']} ({described['cpu_id']}), {results['settings']['threads']} threads, huge pages "
+        f"{described['huge_pages']}, governor {described['governor']}, kernel {described['kernel']}, commit "
+        f"{results['commit']}; {installed}."
+    )
+
+
+def limits(results: Results) -> list[str]:
+    """What the machine could do, as the probe saw it before and after."""
+    said = []
+    for name, before in results["limits"]["before"].items():
+        unit = "GB/s" if name == "dram" else "GFLOP/s"
+        said.append(
+            f"{LIMITS[name]} {before / 1e9:.1f}, then {results['limits']['after'][name] / 1e9:.1f} {unit}"
+        )
+    return [f"Limits ({results['limits']['drift']:.0%} drift): {'; '.join(said)}."]
+
+
+def missing(results: Results) -> list[str]:
+    """Everything that has no figure, and why."""
+    lines = [f"{skip['shape']}, {skip['mode']}: skipped, {skip['reason']}." for skip in results["skipped"]]
+    return reasons(results) + lines + [f"{name} is absent: {why}." for name, why in results["absent"].items()]
+
+
 def summary(results: Results) -> list[str]:
     """Sentences about the run as a whole."""
-    machine, limits = results["machine"], results["limits"]
-    rates = ", ".join(f"{name} {rate / 1e9:.1f} {'GB/s' if name == 'dram' else 'GFLOP/s'}"
-                      for name, rate in limits["before"].items())  # fmt: skip
-    lines = [
-        f"{machine['cpu']} ({machine['cpu_id']}), {results['settings']['threads']} threads, commit "
-        f"{results['commit']}, torch {results['versions']['torch']}; limits: {rates}; "
-        f"drift {limits['drift']:.0%}."
-    ]
-    lines += reasons(results)
-    lines += [f"{skip['shape']}, {skip['mode']}: skipped, {skip['reason']}." for skip in results["skipped"]]
-    if results["absent"]:
-        lines.append(
-            "Absent: " + "; ".join(f"{name} ({why})" for name, why in results["absent"].items()) + "."
-        )
-    return lines + warnings(results)
+    return [machine(results), *limits(results), *missing(results), *warnings(results)]
 
 
 def table(results: Results) -> Table:
@@ -185,7 +219,7 @@ def _speed_up(results: Results) -> tuple[str, Any] | None:
     """Each peer's time over ours, by M: one panel for each shape and mode."""
     panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
     for cell in results["cells"]:
-        if cell["start"] == "idle" or cell["routing"] not in (None, "uniform"):
+        if cell["start"] in ("idle", "call") or cell["routing"] not in (None, "uniform") or "part" in cell:
             continue
         for name, result in _timed(cell).items():
             mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
@@ -213,7 +247,7 @@ def _roofline(results: Results) -> tuple[str, Any] | None:
     points: dict[str, list[tuple[float, float]]] = {}
     for cell in results["cells"]:
         mine = our_seconds(cell)
-        if mine:
+        if mine and "operations" in cell:
             at = (cell["operations"] / cell["bytes"], cell["operations"] / mine / 1e9)
             points.setdefault(f"{cell['mode']}, {cell['start']}", []).append(at)
     if not points or "dram" not in limits:
@@ -274,28 +308,104 @@ def _skew(results: Results) -> tuple[str, Any] | None:
 
 
 def publish(source: Path, page: Path) -> list[Path]:
-    """docs/benchmarks.md and its plots, from a committed results file."""
+    """docs/benchmarks.md and its plots, from a results file alone."""
     results = json.loads(source.read_text())
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
     drawn = plots(results, folder / source.stem)
+    cells = [cell for cell in results["cells"] if _timed(cell)]
     lines = [
         "# Benchmarks",
         "",
-        f"Generated from [{source.name}]({Path('..') / 'benchmarks' / 'results' / source.name}) by "
-        f"`python -m benchmarks --publish`; do not edit. Measured {results['when']}.",
+        f"Generated from [{source.name}]({os.path.relpath(source, page.parent)}) by "
+        f"`python -m benchmarks --publish`; do not edit. Measured {results['when']} at commit "
+        f"{results['commit']}. The file has every figure, its quartiles and its samples, of every peer.",
         "",
-        *(line + "\n" for line in summary(results)),
-        "A figure is the median of interleaved samples, with quartiles. cold: weights are out of the caches. "
-        '"ours is": how many times faster the better of ours is, or ours beside it where the peer has a '
-        'process of its own. "of limit": the least time that the probed limits allow, over the time. error: '
-        "root mean square, relative to that of the answer.",
+        *(line + "\n" for line in [machine(results), *limits(results), *warnings(results)]),
+        "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
+        "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
+        "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
+        'compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
+        "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
-        *(f"![{path.stem}]({folder.name}/{path.name})" for path in drawn),
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows(results)),
     ]
+    for shape in dict.fromkeys(cell["shape"] for cell in cells):
+        lines += [f"## {shape}", "", *_markdown(CELL_HEADINGS, cell_rows(results, shape)), ""]
+    encoders = list(encoder_rows(results))
+    if encoders:
+        lines += ["## Feed-forward blocks in the encoder", "", *_markdown(ENCODER_HEADINGS, encoders), ""]
+    lines += [f"![{path.stem}]({folder.name}/{path.name})\n" for path in drawn]
+    lines += ["## Without a figure", "", *(f"- {line}" for line in missing(results))]
     page.write_text("\n".join(lines) + "\n")
     return [page, *drawn]
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    table = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]
+
+
+CELL_HEADINGS = ("cell", "ours", "of limit", "best peer", "its time", "ours is", "bar", "error")
+
+
+def cell_rows(results: Results, shape: str) -> Iterator[tuple[str, ...]]:
+    by_name = {cell_name(cell): cell for cell in results["cells"]}
+    pairs = [(cell, device) for cell in results["cells"] for device in OURS if cell["shape"] == shape
+             and any(name in cell["results"] for name in OURS[device])]  # fmt: skip
+    for cell, device in pairs:
+        name = cell_name(cell).removeprefix(f"{shape}, ") + (" on NPU" if device == "npu" else "")
+        mine = min((pair for pair in _timed(cell).items() if pair[0] in OURS[device]), default=None,
+                   key=lambda pair: pair[1]["seconds"])  # fmt: skip
+        if mine is None:
+            yield name, "none", *[""] * (len(CELL_HEADINGS) - 2)
+            continue
+        seconds, peer = mine[1]["seconds"], best_peer(cell, device)
+        limit = f"{mine[1]['of_limit']:.0%} {cell['limit']}" if "of_limit" in mine[1] else ""
+        error = f"{mine[1]['error']:.1e}"
+        shown = ("none", "", "")
+        if peer is not None:
+            shown = (peer[0], duration(peer[1]), f"{peer[1] / seconds:.2f}x")
+            error += f" / {cell['results'][peer[0]]['error']:.1e}"
+        yield (
+            name,
+            f"{duration(seconds)}",
+            limit,
+            *shown,
+            bar(cell, seconds, by_name) if device == "cpu" else "",
+            error,
+        )
+
+
+def bar(cell: dict[str, Any], seconds: float, by_name: dict[str, dict[str, Any]]) -> str:
+    """What the cell must reach, and whether it does."""
+    of, mode = cell["bar_of"], "bf16" if cell["bar_of"] == "ours in bf16" else cell["mode"]
+    if of == "peer with bf16 x":
+        mode = mode.replace("a16", "a16_bf16")
+    other = by_name.get(cell_name({**cell, "mode": mode}))
+    peer = other and best_peer(other)
+    than = other and our_seconds(other) if of == "ours in bf16" else peer and peer[1]
+    if not than:
+        return ""
+    is_met = "met" if than / seconds >= cell["bar"] else "missed"
+    what = "" if of == "peer" else f" {of}, is {than / seconds:.2f}x"
+    return f"{cell['bar']:g}x{what}: {is_met}"
+
+
+ENCODER_HEADINGS = ("cell", "share of the original's time", "ours in them is", "ours in the whole is")
+
+
+def encoder_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    """The blocks' share of the original's time in bf16, and how much faster ours makes blocks and whole."""
+    wholes = {cell_name(cell): cell for cell in results["cells"] if cell.get("part") == "whole"}
+    for name, whole in wholes.items():
+        parts = [whole, *(cell for cell in results["cells"]
+                          if cell_name(cell) == cell_name({**whole, "part": "feed-forward"}))]  # fmt: skip
+        times = [(best_peer(cell), our_seconds(cell)) for cell in parts]
+        if len(times) == 2 and all(peer and mine for peer, mine in times):
+            (original, ours), (blocks, our_blocks) = ((peer[1], mine) for peer, mine in times)
+            yield (
+                name.removesuffix(", whole"),
+                f"{blocks / original:.0%}",
+                f"{blocks / our_blocks:.2f}x",
+                f"{original / ours:.2f}x",
+            )

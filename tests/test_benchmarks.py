@@ -5,6 +5,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, report, run
-from benchmarks.cases import ROUTINGS, SHAPES, Case, Weights, read_shapes, route
+from benchmarks import encoder, measure, report, run
+from benchmarks.cases import SHAPES, SKEWED, UNIFORM, Case, Weights, read_shapes, route
 from benchmarks.check import Answer
 from benchmarks.peers import Eager, Ours
 from ffn_ops import contract, packing
 
 ROOT = Path(__file__).parents[1]
 DENSE, MOE = read_shapes(SHAPES / "tiny.toml")
+ROUTINGS = (UNIFORM, *SKEWED)
 MISBEHAVING = [
     f"tests.bench_peers:{name}" for name in ("Wrong", "CrashesAtOnce", "CrashesLater", "Alone", "Absent")
 ]
@@ -124,15 +126,59 @@ def test_compare_names_what_became_slower(quiet: dict[str, Any], tmp_path: Path)
     assert regressed.stdout.startswith("tiny dense, bf16, M = 1, cold: ours takes")
 
 
-def test_a_published_page_names_its_results_and_shows_every_figure(
-    results: dict[str, Any], out: Path
+def test_a_published_page_names_its_results_and_has_a_row_for_every_cell(
+    quiet: dict[str, Any], tmp_path: Path
 ) -> None:
-    page = out.parent / "benchmarks.md"
-    report.publish(out, page)
+    source, page = tmp_path / "quiet.json", tmp_path / "benchmarks.md"
+    for cell in quiet["cells"]:
+        del cell["results"]["tests.bench_peers:Alone"]  # whose time is its own
+    source.write_text(json.dumps(quiet))
+    report.publish(source, page)
     text = page.read_text()
-    assert "[results.json](" in text
-    timed = [r for cell in results["cells"] for r in cell["results"].values() if r["status"] == "timed"]
-    assert all(report.duration(result["seconds"]) in text for result in timed)
+    assert "[quiet.json](quiet.json)" in text and quiet["commit"] in text and quiet["when"] in text
+    for cell in quiet["cells"]:
+        name = report.cell_name(cell).removeprefix(f"{cell['shape']}, ")
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert "| 2000 us |" in row and "| torch eager | 2000 us | 1.00x |" in row
+        assert ("| 1.5x: missed |" if cell["bar"] > 1 else "| 1x: met |") in row
+    assert "CrashesLater, crashed in" in text and "nobody has" in text
+
+
+def test_the_best_peer_is_compared_within_its_process_and_with_the_same_numerics() -> None:
+    figure = {"status": "timed", "device": "cpu", "other_numerics": False}
+    cell = {"results": {
+        "ours": {**figure, "seconds": 1.0},
+        "torch eager": {**figure, "seconds": 3.0},
+        "elsewhere": {**figure, "seconds": 5.0, "anchor_seconds": 2.0},  # where ours took twice as long
+        "cruder": {**figure, "seconds": 0.1, "other_numerics": True},
+    }}  # fmt: skip
+    assert report.best_peer(cell) == ("elsewhere", 2.5)
+
+
+def test_what_is_not_reached_in_time_is_skipped_with_the_reason() -> None:
+    options = run.Options([DENSE], ["bf16"], [], 1, None, ["ours"], 0.1, 1)
+    cells = run.measure_shape(DENSE, "bf16", options, ["ours"], time.monotonic(), lambda *_: None)
+    assert [cell["results"]["ours"] for cell in cells] == len(cells) * [
+        {"status": "skipped", "reason": "the time was over"}
+    ]
+
+
+@pytest.mark.parametrize("part", encoder.PARTS)
+def test_the_encoder_with_our_blocks_is_an_answer_and_noise_is_not(
+    encoder_models: encoder.Models, part: str
+) -> None:
+    with torch.inference_mode():
+        case = encoder.Case(encoder_models, 2, "warm", part)
+        answer = encoder.Answer(case)
+        for peer in (encoder.OursInEncoder(), encoder.Original(), encoder.OriginalFloat32()):
+            assert answer.judge(peer.make(case)()).reason is None
+    assert answer.judge(torch.randn_like(answer.value)).reason is not None
+
+
+@pytest.fixture(scope="module")
+def encoder_models() -> encoder.Models:
+    with torch.inference_mode():
+        return encoder.Models(read_shapes(SHAPES / "encoder.toml")[0], "w8a8_bf16")
 
 
 def test_limits_that_drift_mark_a_run(results: dict[str, Any]) -> None:
