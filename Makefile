@@ -67,7 +67,7 @@ test-asan: build .venv-npu/ready
 	rm -rf build/asan/package && mkdir build/asan/package && cp -r ffn_ops build/asan/package/
 	cp build/asan/*.so build/asan/package/ffn_ops/
 	cp build/asan/cann/*.so build/asan/package/ffn_ops/emulator/cann/
-	$(SANITIZED) .venv/bin/pytest --capture=sys $(ASAN_TESTS)
+	$(SANITIZED) .venv/bin/pytest --capture=sys -m "not slow" $(ASAN_TESTS)
 	$(SANITIZED) .venv-npu/bin/pytest --capture=sys --device npu $(ASAN_NPU_TESTS)
 
 # What knows neither torch nor Python, for aarch64. The kernels run, under an emulator of CPUs with and without dot products.

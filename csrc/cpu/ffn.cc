@@ -7,11 +7,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace ffn::cpu {
@@ -86,10 +85,6 @@ size_t Bytes(const ScratchPlan& plan) {
          static_cast<size_t>(plan.workers) * sizeof(TaskScratch);
 }
 
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{alignof(TaskScratch)}); }
-};
-
 // Columns of a task: as many as the cache has room for their sums, but at least two tasks a worker. Bits do
 // not depend on it (gemm-inl.h).
 int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
@@ -133,9 +128,8 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
 
   const ScratchPlan plan = PlanScratch(p, parallel);
   const int64_t cache_bytes = CacheBytes(parallel);
-  const std::unique_ptr<void, FreeAligned> memory(
-      ::operator new(Bytes(plan), std::align_val_t{alignof(TaskScratch)}));
-  TaskScratch* scratch = static_cast<TaskScratch*>(memory.get());
+  const Scratch memory(Scratch::kRows, Bytes(plan));
+  TaskScratch* scratch = reinterpret_cast<TaskScratch*>(memory.data());
   float* first = reinterpret_cast<float*>(scratch + plan.workers);
   std::vector<Segment> segments;
   segments.reserve(static_cast<size_t>(std::min(plan.wave_rows, p.E)));

@@ -98,12 +98,14 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 784 KiB a thread, whatever M is.
+// where that is more) and 784 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
+// next call.
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel);
 
 // Computes one call of ffn.moe. The problem's M counts tokens and its row_ends are unused. Throws as RunFfn.
 // Scratch beyond RunFfn's: at most 256 MiB (or one token's share, where that is more) of float32 results,
-// since tokens are taken in as many chunks as that needs, and 40 bytes for each assignment of a chunk.
+// since tokens are taken in as many chunks as that needs, and 40 bytes for each assignment of a chunk. Of the
+// results, too, up to 64 MiB stay with the thread.
 void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& parallel,
             const char* isa = nullptr);
 size_t MoeScratchBytes(const Problem& problem, const Routing& routing, const ParallelFor& parallel);

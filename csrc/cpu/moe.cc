@@ -4,11 +4,11 @@
 // the results, still float32, wait for the sum in one buffer. Nobody adds to another's memory: bits depend
 // neither on the schedule nor on the numbering of the experts.
 #include <algorithm>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace ffn::cpu {
@@ -84,7 +84,8 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
 
   const Chunk chunk = PlanChunk(p, routing);
   Sorted sorted(p, routing, chunk.tokens);
-  const std::unique_ptr<float[]> results(new float[static_cast<size_t>(chunk.results)]);
+  const Scratch memory(Scratch::kResults, static_cast<size_t>(chunk.results) * sizeof(float));
+  float* const results = reinterpret_cast<float*>(memory.data());
   std::vector<int64_t> call_rows(static_cast<size_t>(p.E));
   for (int64_t slot = 0; slot < p.M * routing.top_k; ++slot) {
     if (routing.ids[slot] < p.E) ++call_rows[static_cast<size_t>(routing.ids[slot])];
@@ -99,11 +100,11 @@ void RunMoe(const Problem& problem, const Routing& routing, const ParallelFor& p
     experts.row_ends = sorted.ends();
     experts.call_rows = call_rows.data();
     experts.assignments = sorted.assignments();
-    experts.y = results.get();
+    experts.y = results;
     RunFfn(experts, parallel, isa);
 
     void* const y = static_cast<char*>(p.y) + static_cast<size_t>(token * p.N2) * ElementBytes(p.y_dtype);
-    const Combination combination = {results.get(), sorted.present(), routing.top_k, p.N2, p.y_dtype, y};
+    const Combination combination = {results, sorted.present(), routing.top_k, p.N2, p.y_dtype, y};
     constexpr int64_t kTokensPerTask = 16;
     const int64_t work = tokens * routing.top_k * p.N2;
     ForEach(parallel, std::clamp<int64_t>(work / kWorkPerWorker, 1, parallel.threads),

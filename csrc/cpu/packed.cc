@@ -7,11 +7,8 @@
 #include <iterator>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace ffn::cpu {
 namespace {
@@ -72,17 +69,6 @@ void UnpackPanel(const PackedHeader& header, int64_t group, const char* panel, i
     }
   }
 }
-
-#if defined(__linux__)
-void AskForHugePages(void* block, int64_t bytes) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(block);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  // Where the kernel refuses, the pages stay small and everything else as it is.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-#endif
 
 int64_t PanelBytes(const PackedHeader& header) {
   const Format format = FormatOf(header.dtype);
@@ -152,9 +138,7 @@ Weight PackedWeight(const PackedHeader& header, const void* block) {
 }
 
 void BeginBlock(const PackedHeader& header, void* block) {
-#if defined(__linux__)
-  AskForHugePages(block, PackedBytes(header));
-#endif
+  AskForHugePages(block, static_cast<size_t>(PackedBytes(header)));
   std::memcpy(block, &header, sizeof(header));
 }
 
