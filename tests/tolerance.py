@@ -34,9 +34,7 @@ from reference.rounding import Array, half_away, multiplier, nearest_even, quant
 UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
 TINY = 2.0**-149  # and by less than this when it is subnormal
 FLUSHED = 2.0**-126  # what tiles take for zero is less
-SPLIT = (
-    2.0**-18
-)  # a float16 is within 2**-9 of the nearest bf16, so this much of a product is that of both rests
+SPLIT = 2.0**-16  # a float16 is within 2**-8 of the nearest bf16: so much of a product is that of both rests
 FLOAT32_LIMIT = float(np.finfo(np.float32).max)
 # Roundings that a term of a sum may meet besides the K of the sum: its product, the weight's + offset and
 # * scale, the bias; the fifth is room for this file's own float64 arithmetic.
