@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import EMULATED, HARDWARE_ISAS, SLOW_ISAS, TILES, TILES_FROM_16_ROWS, each_isa, native_ffn
+from native import EMULATED, FROM_16_ROWS, HARDWARE_ISAS, KERNELS, SLOW_ISAS, each_isa, native_ffn
 from tolerance import FLUSHED, assert_close
 
 import reference
@@ -122,7 +122,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def check(call: dict[str, Any], isa: str) -> None:
     y = native_ffn(**call, isa=isa)
     assert same_bits(native_ffn(**call, isa=isa, packed=True), y)
-    assert_close(y, **call, kernel=TILES[isa])
+    assert_close(y, **call, kernel=KERNELS[isa])
     if call["x"].dtype == np.int8 and call["activation"] in ("relu", "reglu"):
         assert np.array_equal(y, reference.ffn(**call))
 
@@ -175,14 +175,15 @@ def test_transposed_weights_are_the_same_weights(isa, mode, sizes):
 @pytest.mark.parametrize("mode", ["w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"])
 @pytest.mark.parametrize("groups", [(1, 1), (3, 8), (96, 2), (2, 64)])
 def test_groups_agree_with_the_reference(isa, mode, groups):
-    for counts in ((), (2, 3)):
-        check(make_call(mode, "gelu", 5, 96, 128, counts=counts, groups=groups), isa)
+    for counts in ((), (2, 3), (17, 0, 33)):
+        M = sum(counts) or 5
+        check(make_call(mode, "gelu", M, 96, 128, counts=counts, groups=groups), isa)
         if mode.startswith("w8"):
-            check(make_call(mode, "gelu", 5, 96, 128, counts=counts, groups=groups, transposed=True), isa)
+            check(make_call(mode, "gelu", M, 96, 128, counts=counts, groups=groups, transposed=True), isa)
 
 
 @each_isa
-@pytest.mark.parametrize("rows", [3, 9])  # few, and more
+@pytest.mark.parametrize("rows", [3, 9, 17])  # few, more, and what products of bf16 take
 @pytest.mark.parametrize("mode", ["w8a16_bf16", "w4a16_bf16"])
 def test_scaling_after_the_sum_loses_no_infinity_and_makes_none(isa, mode, rows):
     call = make_call(mode, "relu", rows, 64, 32, groups=(2, 1))
@@ -275,7 +276,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_the_reference_does(isa, dtyp
     every = np.arange(2**16, dtype=np.uint16).view(dtype)
     call = one_by_one(every, "relu", factor, inner_precise=inner_precise)
     expected = reference.ffn(**call)
-    if TILES[isa].tiles and dtype == BF16:  # they take for zero what is subnormal, before and after
+    if KERNELS[isa].flushes and dtype == BF16:  # they take for zero what is subnormal, before and after
         with np.errstate(invalid="ignore"):
             x = every.astype(np.float64)
             expected[np.fmin(abs(x), abs(x * factor)) < FLUSHED] = 0
@@ -298,7 +299,7 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(isa, mode):
     call = make_call(mode, "gelu", M, K1, K2)
     whole = native_ffn(**call, isa=isa)
     parts = ((0, 1), (1, 8), (8, 41), (41, 300), (299, 300))
-    if TILES[isa].tiles and mode in TILES_FROM_16_ROWS:
+    if mode in FROM_16_ROWS[isa]:
         parts = ((0, 16), (16, 33), (33, 300))
         few = native_ffn(**{**call, "x": call["x"][:15]}, isa=isa)
         assert same_bits(native_ffn(**{**call, "x": call["x"][14:15]}, isa=isa), few[14:])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import TILES, TILES_FROM_16_ROWS, each_isa, native_ffn
+from native import FROM_16_ROWS, KERNELS, each_isa, native_ffn
 from strategies import Call, calls, to_numpy
 from tolerance import assert_moe_close
 
@@ -41,7 +41,7 @@ def test_a_legal_call_agrees_with_the_reference(mode: str, data: st.DataObject, 
     arrays = call.arrays(seed)
     options = call.reference_options()
     y = run(call, arrays)
-    assert_moe_close(y, kernel=TILES[_native.selected_isa()], **arrays, activation=call.activation, **options)
+    assert_moe_close(y, kernel=KERNELS[_native.selected_isa()], **arrays, activation=call.activation, **options)
     if mode.startswith("w8a8") and call.activation.lower() == "relu":
         expected = reference.moe(**arrays, activation=call.activation, **options)
         assert np.array_equal(y, expected, equal_nan=True)
@@ -60,7 +60,7 @@ def test_every_instruction_set_agrees(isa: str, mode: str, data: st.DataObject, 
     if "output_dtype" in call.specs:
         options["output_dtype"] = call.reference_options()["output_dtype"]
     y = native_ffn(**arrays, **options, isa=isa, threads=threads)
-    assert_moe_close(y, kernel=TILES[isa], **arrays, **options)
+    assert_moe_close(y, kernel=KERNELS[isa], **arrays, **options)
 
 
 @each_mode
@@ -90,16 +90,16 @@ def test_tokens_may_be_permuted_and_experts_relabelled(mode: str, data: st.DataO
 @settings(max_examples=15)
 @given(data=st.data(), seed=SEEDS)
 def test_it_is_a_loop_over_tokens(mode: str, data: st.DataObject, seed: int):
-    """Each token by itself, bit for bit; on tiles, a token by itself may take another multiplication."""
+    """Each token by itself, bit for bit; in some modes a token by itself may take another multiplication."""
     call = data.draw(calls(modes=(mode,), moe=True))
     arrays = call.arrays(seed)
     y = rows(run(call, arrays))
     for t in range(len(y)):
         one = {name: rows(arrays[name])[t : t + 1] for name in ("x", "topk_ids", "topk_weights")}
         alone = run(call, {**arrays, **one})
-        if mode in TILES_FROM_16_ROWS and TILES[_native.selected_isa()].tiles:
+        if mode in FROM_16_ROWS[_native.selected_isa()]:
             options = {"activation": call.activation, **call.reference_options()}
-            assert_moe_close(alone, kernel=TILES[_native.selected_isa()], **{**arrays, **one}, **options)
+            assert_moe_close(alone, kernel=KERNELS[_native.selected_isa()], **{**arrays, **one}, **options)
         else:
             assert alone.tobytes() == y[t].tobytes()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import TILES_FROM_16_ROWS
+from native import FROM_16_ROWS, KERNELS
 from strategies import DEVICE, TARGET, Call, calls, to_numpy
 from tolerance import Kernel, assert_close
 
@@ -23,7 +23,8 @@ from ffn_ops import _native
 from ffn_ops.contract import MODES, TARGETS
 
 MODE_NAMES = tuple(mode.name for mode in MODES if TARGETS[TARGET][0] in mode.routes.split())
-KERNEL = Kernel(stepwise=DEVICE == "npu", tiles=DEVICE == "cpu" and _native.selected_isa().startswith("amx"))
+ISA = _native.selected_isa()
+KERNEL = KERNELS[ISA] if DEVICE == "cpu" else Kernel(stepwise=True)
 SEEDS = st.integers(0, 2**32 - 1)
 op = torch.ops.ffn.ffn
 
@@ -108,7 +109,7 @@ def rows_of(
 @settings(max_examples=25)
 @given(data=st.data(), seed=SEEDS)
 def test_a_row_depends_on_no_other_row(mode: str, data: st.DataObject, seed: int):
-    """But on tiles, fewer rows of an expert may take another multiplication."""
+    """But fewer rows of an expert may take another multiplication."""
     call = data.draw(calls(modes=(mode,), largest=80))
     arrays = call.arrays(seed)
     y = run(call, arrays).flatten(0, -2)
@@ -116,7 +117,7 @@ def test_a_row_depends_on_no_other_row(mode: str, data: st.DataObject, seed: int
     for begin, end in ((0, cut), (cut, len(y))):
         part, of_part = rows_of(call, arrays, begin, end)
         y_of_part = run(part, of_part)
-        if mode in TILES_FROM_16_ROWS and KERNEL.tiles:
+        if DEVICE == "cpu" and mode in FROM_16_ROWS[ISA]:
             options = {"activation": call.activation, **part.reference_options()}
             assert_close(to_numpy(y_of_part), kernel=KERNEL, **of_part, **options)
         else:

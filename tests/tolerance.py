@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +34,7 @@ from reference.rounding import Array, half_away, multiplier, nearest_even, quant
 
 UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
 TINY = 2.0**-149  # and by less than this when it is subnormal
-FLUSHED = 2.0**-126  # what tiles take for zero is less
+FLUSHED = 2.0**-126  # what products of bf16 take for zero is less
 SPLIT = 2.0**-16  # a float16 is within 2**-8 of the nearest bf16: so much of a product is that of both rests
 FLOAT32_LIMIT = float(np.finfo(np.float32).max)
 # Roundings that a term of a sum may meet besides the K of the sum: its product, the weight's + offset and
@@ -101,12 +102,14 @@ def _through(step: Callable[[Array], Array], v: Interval) -> Interval:
 class Kernel(NamedTuple):
     """What a kernel may do beyond summing float32 products in any order.
 
-    stepwise: evaluate activations in float16 steps where the contract does, as an NPU. tiles: multiply bf16
-    on tiles that take subnormals for zero, and float16 as two bf16 without the product of both rests.
+    stepwise: evaluate activations in float16 steps where the contract does, as an NPU. flushes: multiply bf16
+    with instructions that take subnormals for zero. splits: float16 as two bf16 by these, without the product
+    of both rests.
     """
 
     stepwise: bool = False
-    tiles: bool = False
+    flushes: bool = False
+    splits: bool = False
 
 
 PLAIN = Kernel()
@@ -222,7 +225,7 @@ def _results(
     """What a kernel may have before it rounds to y's dtype; step for step as reference.ffn's results."""
     if x.dtype == np.int8:
         return _int8_results(x, expert, activation, dtype, kernel.stepwise)
-    acc = _product(_point(x), expert.first, x.dtype, kernel.tiles)
+    acc = _product(_point(x), expert.first, x.dtype, kernel)
     rounded_before = high_performance(x, expert.first, inner_precise)
     if rounded_before:
         acc = _through(lambda v: nearest_even(v, np.float16), acc)
@@ -233,7 +236,7 @@ def _results(
         h = (_stepwise if kernel.stepwise and rounded_before else _activation)(acc, activation)
     ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
     h = _through(lambda v: ties(v, x.dtype), h)
-    return _product(h, expert.second, x.dtype, kernel.tiles)
+    return _product(h, expert.second, x.dtype, kernel)
 
 
 def _int8_results(
@@ -254,8 +257,8 @@ def _int8_results(
     return _through(lambda v: dequantize(v, expert.second), _int32_product(q, expert.second))
 
 
-def _product(a: Interval, product: Product, dtype: npt.DTypeLike, tiles: bool) -> Interval:
-    """a W + b in float32, in any order, fused or not; or on tiles."""
+def _product(a: Interval, product: Product, dtype: npt.DTypeLike, kernel: Kernel) -> Interval:
+    """a W + b in float32, in any order, fused or not; or as `kernel` may."""
     a_middle, a_radius, a_size = a.middle, a.radius, _finite(np.abs(a.middle))
     bias = np.zeros(1) if product.bias is None else product.bias.astype(np.float64)
     if product.antiquant_scale is None:
@@ -274,7 +277,7 @@ def _product(a: Interval, product: Product, dtype: npt.DTypeLike, tiles: bool) -
         step = np.minimum(_step(a_size, axis=1) * _step(gross, axis=0), _step(_finite(bias)[None], axis=0))
         exact = ~a_radius.any(axis=1, keepdims=True) & (step >= TINY) & (size <= step / UNIT)
         error = np.where(exact, 0, error)
-    if tiles and dtype != np.float32:
+    if (kernel.flushes and dtype == ml_dtypes.bfloat16) or (kernel.splits and dtype == np.float16):
         flushed = K + (a_size + a_radius).sum(axis=1, keepdims=True) + terms.sum(axis=0, keepdims=True)
         error = error + FLUSHED * flushed
         if product.weight.dtype == np.float16:

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The multiplication of int8 by int8 with dot products (vec-inl.h): panels are read as they are stored, for
-// few rows and for many, and the sums are int32 from the first to the last. Takes the place of gemm-inl.h's
-// for segments whose left operands are stored as int8. Used by ffn-inl.h.
+// What narrow-inl.h multiplies with where there are no tiles: dot products (vec-inl.h) of int8 and, on some
+// CPUs, of bf16, over panels as they are stored. The sums are in registers, int32 or float32.
 #pragma once
 
 #include "cpu/gemm-inl.h"
@@ -13,94 +12,103 @@
 namespace ffn::cpu {
 namespace {
 
-inline Left DotLeftOf(const Problem& problem, int64_t) {
-  return problem.x_dtype == DType::kInt8 ? Left::kInt8 : Left::kFloat;
-}
+#if defined(FFN_DOT_BF16)
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of float32
 
-// Rows of a tile. Where a register holds a row's quads, it has to be free beside the sums.
-constexpr int kDotRows = std::is_pointer_v<Quads> ? kManyRows : 4;
+// Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
+constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
+constexpr int64_t kStreamingRows = kDotRows;
 
-constexpr int64_t kDotBlock = BlockColumns(Left::kInt8);
+// A step along k is 64 bytes of a row, and so many of a panel.
+constexpr int64_t kStepWords = 16;
+constexpr int64_t kStepBytes = kStepWords * kPackedColumns * 4;
 
-// Rows of W, and of a strip of a task's columns.
+// What the instructions need while they are in use: nothing.
+struct Multiplication {
+  ~Multiplication() {}
+};
+
+// Rows and columns of a left operand and of panels, from the first of their steps.
 struct DotRange {
-  const char* a;   // row 0 of the segment, at the first of the rows of W, with which a block begins
-  int64_t a_step;  // from one block to the next
-  int64_t rows;    // those beyond K meet zeros of the left operand
-  Panels panels;   // at the first row
+  const char* a;   // row 0
+  int64_t a_step;  // from one step to the next
+  int64_t steps;   // what is beyond K in the last one meets zeros of the left operand
+  Panels panels;
   float* tile;
   int64_t tile_stride;
 };
 
-template <int kRows, int kVectors>
+template <typename Sum, int kRows, int kVectors>
 void DotTile(const DotRange& range, int64_t row, int64_t column) {
   float* const tile = range.tile + row * range.tile_stride + column;
   const char* panels[kVectors];
-  I32 sum[kRows][kVectors];
+  Sum sum[kRows][kVectors];
   for (int v = 0; v < kVectors; ++v) {
     panels[v] = range.panels.At<int8_t>(0, column + v * kLanes);
-    for (int r = 0; r < kRows; ++r) sum[r][v] = Load<I32>(tile + r * range.tile_stride + v * kLanes);
+    for (int r = 0; r < kRows; ++r) sum[r][v] = Load<Sum>(tile + r * range.tile_stride + v * kLanes);
   }
-  for (int64_t k = 0; k < range.rows; k += 4 * kQuads) {
-    const char* const a = range.a + k / kDotBlock * range.a_step + row * kDotBlock + k % kDotBlock;
-    Quads x[kRows];
-    for (int r = 0; r < kRows; ++r) x[r] = LoadQuads(a + r * kDotBlock);
-    Unrolled<kQuads>([&](auto quad) __attribute__((always_inline)) {
-      U32 w[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        w[v] = Weights(Load<U32>(panels[v]));
-        if (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
-        panels[v] += kGroupBytes<int8_t>;
-      }
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = MultiplyQuads<quad>(sum[r][v], w[v], x[r]);
-      }
-    });
+  const char* a = range.a + row * kTileRowBytes;
+  for (int64_t s = 0; s < range.steps; ++s, a += range.a_step) {
+    for (int64_t word = 0; word < kStepWords; word += kWords) {
+      Words x[kRows];
+      for (int r = 0; r < kRows; ++r) x[r] = LoadWords(a + r * kTileRowBytes + word * 4);
+      Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
+        U32 w[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          w[v] = Weights<Sum>(Load<U32>(panels[v]));
+          if (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
+          panels[v] += kPackedColumns * 4;
+        }
+        for (int r = 0; r < kRows; ++r) {
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = MultiplyWord<i>(sum[r][v], w[v], x[r]);
+        }
+      });
+    }
   }
   for (int v = 0; v < kVectors; ++v) {
     for (int r = 0; r < kRows; ++r) Store(tile + r * range.tile_stride + v * kLanes, sum[r][v]);
   }
 }
 
-// What kQuadOffset adds to the sums of a row, whose blocks begin at `a`.
-inline uint32_t OffsetOf(const char* a, int64_t a_step, int64_t K) {
-  if constexpr (kQuadOffset == 0) return 0;
+// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels.
+template <bool kInt>
+void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
+                   float* c, int64_t stride) {
+  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride};
+  ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+    if constexpr (kInt) {
+      DotTile<I32, rows, vectors>(range, row, column);
+    } else if constexpr (kMultipliesBf16) {
+      DotTile<F32, rows, vectors>(range, row, column);
+    }
+  });
+}
+
+// What kWordOffset adds to the sums of a row, whose steps begin at `a`.
+inline uint32_t OffsetOf(const char* a, int64_t a_step, int64_t steps) {
+  if constexpr (kWordOffset == 0) return 0;
   I32 sums = {};
-  for (int64_t k = 0; k < K; k += kDotBlock, a += a_step) {
-    for (int64_t i = 0; i < kDotBlock; i += sizeof(I32)) {
+  for (int64_t s = 0; s < steps; ++s, a += a_step) {
+    for (int64_t i = 0; i < kTileRowBytes; i += sizeof(I32)) {
       sums = DotProduct(sums, SetBits(0x01010101), Load<I32>(a + i));
     }
   }
   uint32_t sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<uint32_t>(sums[lane]);
-  return sum * kQuadOffset;
+  return sum * kWordOffset;
 }
 
-// As Multiply, for a segment whose left operands are stored as int8.
-inline void DotMultiply(const Wave&, const Product& product, const Segment& segment, const Columns& columns,
-                        float* tile, TaskScratch* scratch) {
-  const LeftRows left(product, segment);
-  const int64_t stride = TileStride(columns.columns), a_step = left.rows * kDotBlock;
+// The tile that the products are added to.
+inline void BeginSums(const Wave& wave, const LeftRows& left, const Columns& columns, float* tile) {
+  if (left.left != Left::kInt8) return Clear(wave, columns, left.rows, tile);
+  const int64_t stride = TileStride(columns.columns);
   for (int64_t r = 0; r < left.rows; ++r) {
-    const U32 begin = SetBits(0 - OffsetOf(left.At(r, 0), a_step, left.K));
+    const U32 begin = SetBits(0 - OffsetOf(left.At(r, 0), left.rows * kTileRowBytes, left.Blocks()));
     for (int64_t n = 0; n < stride; n += kLanes) Store(tile + r * stride + n, begin);
-  }
-  // Many rows take strips of columns, whose panels stay near while the rows go by.
-  const int64_t width = left.rows > kDotRows && columns.columns > kMinColumns ? kMinColumns : columns.columns;
-  const int64_t most = static_cast<int64_t>(sizeof(scratch->packed)) / TileStride(width);
-  const int64_t depth = most < kKBlock ? most : kKBlock;
-  for (int64_t block = 0; block < product.K; block += depth) {
-    const int64_t rows = product.K - block < depth ? product.K - block : depth;
-    for (int64_t n = 0; n < columns.columns; n += width) {
-      const int64_t strip = columns.columns - n < width ? columns.columns - n : width;
-      const Panels panels =
-          PanelsOf<int8_t>(*product.weight, DType::kInt8, product.K,
-                           {segment.expert, block, rows, columns.column + n, strip}, depth, scratch);
-      const DotRange range = {left.At(0, block), a_step, rows, panels, tile + n, stride};
-      ForEachTile<kDotRows>(left.rows, strip, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
-        DotTile<tile_rows, vectors>(range, row, column);
-      });
-    }
   }
 }
 

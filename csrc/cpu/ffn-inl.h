@@ -10,12 +10,10 @@
 #include "cpu/kernels.h"
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
-#if defined(FFN_AMX)
-#include "cpu/amx-inl.h"
-#elif defined(FFN_DOT)
-#include "cpu/dot-inl.h"
-#endif
 #include "cpu/vec-inl.h"
+#if defined(FFN_AMX) || defined(FFN_DOT)
+#include "cpu/narrow-inl.h"
+#endif
 
 namespace ffn::cpu {
 namespace {
@@ -79,12 +77,8 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
 }
 
 // How segments store their left operands, and what multiplies those that are not floats.
-#if defined(FFN_AMX)
-constexpr auto LeftOf = AmxLeftOf;
-constexpr auto MultiplyNarrow = AmxMultiply;
-#elif defined(FFN_DOT)
-constexpr auto LeftOf = DotLeftOf;
-constexpr auto MultiplyNarrow = DotMultiply;
+#if defined(FFN_AMX) || defined(FFN_DOT)
+constexpr auto LeftOf = NarrowLeftOf;
 #else
 Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
 constexpr auto MultiplyNarrow = Multiply;

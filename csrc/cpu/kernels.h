@@ -48,7 +48,7 @@ struct Steps {
 
 // How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64
 // bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8, which
-// dot products (dot-inl.h) take too.
+// dot products (dot-inl.h) take as well as bf16.
 enum class Left : uint8_t { kFloat, kBf16, kSplit, kInt8 };
 
 // Floats between the rows of a left operand's segments, enough for each way of storing them.
@@ -96,7 +96,7 @@ struct alignas(64) TaskScratch {
   float scale[kMaxColumns];
   float antiquant_offset[kMaxColumns];
   float antiquant_scale[kMaxColumns];
-  float sums[kMaxRows];  // of the left operand, by row
+  float sums[kKBlock / 32 * kMaxRows];  // of the left operand: by row, for each group of a block
   float row[kKBlock];    // of the left operand as float32
 };
 
@@ -132,6 +132,7 @@ extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
 extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 
 // Whether this CPU has Intel's tiles for bf16 and int8, and the operating system lets the process use them.

@@ -9,6 +9,8 @@
 namespace ffn::cpu {
 namespace {
 
+constexpr int64_t kTileRowBytes = 64;
+
 // Columns of a block, which is one tile's 64 bytes or kKBlock floats.
 constexpr int64_t BlockColumns(Left left) {
   return left == Left::kFloat ? kKBlock : left == Left::kInt8 ? 64 : 32;

@@ -10,7 +10,6 @@
 namespace ffn::cpu {
 namespace {
 
-constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileHeight = 16;
 
 // All tiles at full size, for as long as it lives: a thread that holds tiles is slow to switch.

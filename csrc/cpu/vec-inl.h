@@ -300,10 +300,16 @@ inline void Transpose(F32* a) {
   if constexpr (kDistance > 1) Transpose<kDistance / 2>(a);
 }
 
-// Dot products of quads of int8: where they are, FFN_DOT is defined. DotProduct adds to each lane of the sum,
-// wrapping around, the products of the quads in that lane of w and x; MultiplyQuads<i> takes quad i of a
-// row's kQuads for all lanes. Intel's take w as unsigned, so there Weights makes each weight kQuadOffset more
-// than it was.
+// Two values as bf16 in each lane's word, the first in the low half; ties to even.
+inline U32 PairOfBf16(F32 low, F32 high) {
+  return Bits(Round(Rounding::kBf16, low)) >> 16 | Bits(Round(Rounding::kBf16, high));
+}
+
+// Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is defined, and
+// FFN_DOT_BF16 where those of bf16 are too. DotProduct adds to each lane of the sum the products of the
+// elements in that lane of w and x: int32 wraps around, and subnormal bf16 and sums are zeros. MultiplyWord<i>
+// takes word i of a row's kWords for all lanes. Intel's int8 take w as unsigned, so there Weights makes each
+// weight kWordOffset more than it was.
 #if defined(FFN_AVX512) && defined(__AVX512VNNI__)
 #define FFN_DOT 1
 inline I32 DotProduct(I32 sum, U32 w, I32 x) {
@@ -320,26 +326,38 @@ inline I32 DotProduct(I32 sum, U32 w, I32 x) {
   return (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
 }
 #endif
+#if defined(FFN_AVX512) && defined(__AVX512BF16__)
+#define FFN_DOT_BF16 1
+inline F32 DotProduct(F32 sum, U32 w, I32 x) {
+  return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+#endif
 
 #if defined(FFN_DOT)
-constexpr int kQuads = 4;
+constexpr int kWords = 4;
 #if defined(__x86_64__)
-constexpr int kQuadOffset = 128;
-using Quads = const char*;
-inline Quads LoadQuads(const char* p) { return p; }
-inline U32 Weights(U32 w) { return w ^ 0x80808080u; }
-template <int kQuad>
-inline I32 MultiplyQuads(I32 sum, U32 w, Quads x) {
-  return DotProduct(sum, w, Load<int32_t>(x + 4 * kQuad) - I32{});
+constexpr int kWordOffset = 128;
+using Words = const char*;
+inline Words LoadWords(const char* p) { return p; }
+template <typename Sum>
+inline U32 Weights(U32 w) {
+  return std::is_same_v<Sum, I32> ? w ^ 0x80808080u : w;
+}
+template <int kWord, typename Sum>
+inline Sum MultiplyWord(Sum sum, U32 w, Words x) {
+  return DotProduct(sum, w, Load<int32_t>(x + 4 * kWord) - I32{});
 }
 #else
-constexpr int kQuadOffset = 0;
-using Quads = int8x16_t;
-inline Quads LoadQuads(const char* p) { return Load<Quads>(p); }
-inline U32 Weights(U32 w) { return w; }
-template <int kQuad>
-inline I32 MultiplyQuads(I32 sum, U32 w, Quads x) {
-  return (I32)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)w, x, kQuad);
+constexpr int kWordOffset = 0;
+using Words = int8x16_t;
+inline Words LoadWords(const char* p) { return Load<Words>(p); }
+template <typename Sum>
+inline U32 Weights(U32 w) {
+  return w;
+}
+template <int kWord>
+inline I32 MultiplyWord(I32 sum, U32 w, Words x) {
+  return (I32)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)w, x, kWord);
 }
 #endif
 #endif

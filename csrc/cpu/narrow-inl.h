@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// The multiplication of left operands that are stored narrow (Left in kernels.h): bf16 and int8 as they are;
+// fp16 as the sum of two bf16, which is exact, in passes that leave out the product of both rests. What
+// multiplies is tiles (amx-inl.h) or dot products (dot-inl.h), each for what it is good at; the rest goes
+// through gemm-inl.h. Used by ffn-inl.h.
+//
+// Integer weights beside bf16 become bf16 with their scales, by the contract's own rounding; beside fp16 they
+// become bf16 without them, which is exact, and the sums of each group are scaled.
+//
+// A row's bits are its own as in gemm-inl.h: each sum gets its products in the order of k, whatever the
+// blocks are.
+#pragma once
+
+#include "cpu/gemm-inl.h"
+#include "cpu/kernels.h"
+#include "cpu/left-inl.h"
+#include "cpu/packed-inl.h"
+#if defined(FFN_AMX)
+#include "cpu/amx-inl.h"
+#else
+#include "cpu/dot-inl.h"
+#endif
+#include "cpu/vec-inl.h"
+
+namespace ffn::cpu {
+namespace {
+
+// Fewer rows of fp16 or of integer weights are faster as floats: expanded panels, and several passes of fp16,
+// against one that converts on the way. It is the one place where a row's bits depend on how many an expert
+// has.
+constexpr int64_t kFewestRows = 16;
+
+bool GroupsFitSteps(const Problem& problem) {
+  const auto fits = [](const Channels& channels, int64_t K) {
+    return channels.antiquant_scale == nullptr || channels.G == 1 || K / channels.G % 32 == 0;
+  };
+  return fits(problem.channels1, problem.K1) && fits(problem.channels2, problem.K2);
+}
+
+Left NarrowLeftOf(const Problem& problem, int64_t rows) {
+  const bool few = rows < kFewestRows;
+  switch (problem.x_dtype) {
+    case DType::kInt8:
+      return Left::kInt8;
+    case DType::kBFloat16:
+      if (!kMultipliesBf16) return Left::kFloat;
+      if (problem.weight_dtype == DType::kBFloat16) return Left::kBf16;
+      return few || !GroupsFitSteps(problem) ? Left::kFloat : Left::kBf16;
+    case DType::kFloat16:
+      return !kSplitsFp16 || few || !GroupsFitSteps(problem) ? Left::kFloat : Left::kSplit;
+    default:
+      return Left::kFloat;
+  }
+}
+
+// Rows [begin, end) of panels of T, whole steps or the last ones, as pairs of bf16, [rows / 2][32][2], zeros
+// up to a whole step. kWhat is done to them on the way.
+enum class Expansion {
+  kExact,   // integers
+  kScaled,  // bf16((w + offset) scale)
+  kSplit,   // what the bf16 leave goes to `rest` in the same order
+};
+template <typename T, Expansion kWhat>
+void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns, int64_t panel_bytes,
+                 const TaskScratch& scratch, char* to, char* rest) {
+  using Layout = Panel<T>;
+  constexpr int64_t kRows = Layout::kGroup < 2 ? 2 : Layout::kGroup;
+  const int64_t filled = (end + 31) / 32 * 32;
+  for (int64_t n = 0; n < columns; n += kLanes) {
+    const int64_t at = n / kPackedColumns * panel_bytes + n % kPackedColumns * 4;
+    const F32 offset = Load<F32>(scratch.antiquant_offset + n), scale = Load<F32>(scratch.antiquant_scale + n);
+    for (int64_t k = begin; k < filled; k += kRows) {
+      F32 w[kRows];
+      Unrolled<kRows / Layout::kGroup>([&](auto g) {
+        const int64_t row = k + g * Layout::kGroup;
+        if (row < end) {
+          const auto vector = Load<typename Layout::Vector>(from.At<T>(row, n));
+          Unrolled<Layout::kGroup>([&](auto i) {
+            const F32 element = Layout::template Element<i>(vector);
+            w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? (element + offset) * scale : element;
+          });
+        } else {
+          for (int i = 0; i < Layout::kGroup; ++i) w[g * Layout::kGroup + i] = F32{};
+        }
+      });
+      for (int64_t i = 0; i < kRows; i += 2) {
+        const int64_t pair = at + (k + i) / 2 * kPackedColumns * 4;
+        Store(to + pair, PairOfBf16(w[i], w[i + 1]));
+        if constexpr (kWhat == Expansion::kSplit) {
+          const F32 low_rest = w[i] - Round(Rounding::kBf16, w[i]);  // NaN of infinities; Repeat sees to them
+          const F32 high_rest = w[i + 1] - Round(Rounding::kBf16, w[i + 1]);
+          Store(rest + pair, Bits(low_rest) >> 16 | (Bits(high_rest) & 0xffff0000));
+        }
+      }
+    }
+  }
+}
+
+// Sums of the left operand's rows over groups of kStep columns or more, for offsets: of every row for each
+// group in a block.
+inline void SumGroups(const LeftRows& left, int64_t block, int64_t rows, int64_t group_rows,
+                      TaskScratch* scratch) {
+  for (int64_t begin = block; begin < block + rows;) {
+    const int64_t group_end = (begin / group_rows + 1) * group_rows;
+    const int64_t end = group_end < block + rows ? group_end : block + rows;
+    float* const sums = scratch->sums + (begin - block) / 32 * kMaxRows;
+    for (int64_t r = 0; r < left.rows; ++r) {
+      for (int64_t k = begin; k < end; k += kLanes) Store(scratch->row + k - begin, left.Get(r, k));
+      sums[r] = SumOf(scratch->row, end - begin);
+    }
+    begin = end;
+  }
+}
+
+// tile += scale (sums + offset * sum of the row), for a group.
+inline void AddScaled(const float* row_sums, const float* sums, int64_t rows, int64_t columns, float* tile,
+                      int64_t stride, const TaskScratch& scratch) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const F32 row_sum = Set(row_sums[r]);
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const F32 both =
+          Fma(row_sum, Load<F32>(scratch.antiquant_offset + j), Load<F32>(sums + r * kMinColumns + j));
+      float* const to = tile + r * stride + j;
+      Store(to, Fma(both, Load<F32>(scratch.antiquant_scale + j), Load<F32>(to)));
+    }
+  }
+}
+
+template <typename T>
+void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment& segment,
+                        const Columns& columns, float* tile, TaskScratch* scratch) {
+  constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
+  const bool antiquant = kInteger && product.channels->antiquant_scale != nullptr;
+  const bool as_it_is = std::is_same_v<T, BFloat> || (kInteger && !antiquant);
+  const LeftRows left(product, segment);
+  const bool scales_sums = antiquant && left.left == Left::kSplit;
+  const Weight& weight = *product.weight;
+  const int64_t stride = TileStride(columns.columns);
+  const int64_t step = BlockColumns(left.left);
+  const int64_t group_rows = antiquant ? product.K / product.channels->G : product.K;
+  // A packed weight that is multiplied as it is needs no scratch: few rows read it from end to end, and all of
+  // the task's columns side by side.
+  const bool streams = weight.packed && as_it_is && left.rows <= kStreamingRows;
+  const int64_t depth = streams ? (product.K > 0 ? product.K : 1) : kKBlock;
+  const int64_t width = streams ? columns.columns : kMinColumns;
+  const Multiplication multiplication;
+  for (int64_t block = 0; block < product.K; block += depth) {
+    const int64_t rows = product.K - block < depth ? product.K - block : depth;
+    if (scales_sums) SumGroups(left, block, rows, group_rows, scratch);
+    for (int64_t n = 0; n < columns.columns; n += width) {
+      const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
+      if (!weight.packed && rows % step != 0) {
+        __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
+      }
+      const Panels panels =
+          PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
+                      {segment.expert, block, rows, strip.column, strip.columns}, kKBlock, scratch);
+      char* const high = reinterpret_cast<char*>(scratch->panel);
+      char* const rest = high + sizeof(scratch->panel) / 2;
+      const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
+      const auto multiply = [&](auto is_int, const char* a, const char* from, int64_t begin, int64_t end,
+                                float* to, int64_t to_stride) {
+        MultiplyPlane<decltype(is_int)::value>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
+                                               (end - begin + step - 1) / step, strip.columns, to, to_stride);
+      };
+      const char* const a = left.At(0, block);
+      float* const to = tile + n;
+      if constexpr (kInteger) {
+        if (!antiquant) {
+          multiply(std::true_type(), a, pairs.data, 0, rows, to, stride);
+          continue;
+        }
+        for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
+          const int64_t group_end = LoadGroup(wave, product, segment.expert, block + begin, strip, scratch);
+          end = group_end - block < rows ? group_end - block : rows;
+          if (!scales_sums) {
+            ExpandPairs<T, Expansion::kScaled>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
+                                               nullptr);
+            continue;
+          }
+          ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
+                                            nullptr);
+          float* const sums = scratch->group;
+          Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
+          const char* const group_a = left.At(0, block + begin);
+          multiply(std::false_type(), group_a, high, begin, end, sums, kMinColumns);
+          multiply(std::false_type(), group_a + left.PlaneBytes(), high, begin, end, sums, kMinColumns);
+          AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride, *scratch);
+        }
+        if (!scales_sums) multiply(std::false_type(), a, high, 0, rows, to, stride);
+      } else if constexpr (std::is_same_v<T, Half>) {
+        ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
+        multiply(std::false_type(), a, high, 0, rows, to, stride);
+        multiply(std::false_type(), a + left.PlaneBytes(), high, 0, rows, to, stride);
+        multiply(std::false_type(), a, rest, 0, rows, to, stride);
+      } else {
+        multiply(std::false_type(), a, pairs.data, 0, rows, to, stride);
+      }
+    }
+  }
+}
+
+// As Multiply, for a segment whose left operands are stored narrow.
+inline void MultiplyNarrow(const Wave& wave, const Product& product, const Segment& segment,
+                           const Columns& columns, float* tile, TaskScratch* scratch) {
+  BeginSums(wave, LeftRows(product, segment), columns, tile);
+  WithWeightType(wave.problem->weight_dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (!std::is_same_v<T, float>) {
+      MultiplyNarrowRows<T>(wave, product, segment, columns, tile, scratch);
+    }
+    // An infinity has no rest, and none of what is scaled after the sum may overflow before.
+    if (segment.left != Left::kSplit) return;
+    if constexpr (std::is_same_v<T, Half>) {
+      Repeat<T, Sums::kFloat>(wave, product, segment, columns, tile, scratch);
+    } else if constexpr (std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>) {
+      Repeat<T, Sums::kExact>(wave, product, segment, columns, tile, scratch);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ffn::cpu
