@@ -14,18 +14,19 @@ namespace {
 
 constexpr bool kMultipliesBf16 = true;
 constexpr bool kSplitsFp16 = true;
-// So many rows of the left operand, whatever K is, leave room in the second-level cache for the panels.
-constexpr int64_t kStreamingRows = 128;
 
 // The steps of a tile along k: 32 bf16 or 64 int8.
 constexpr int64_t kStepBytes = kTileHeight * kPackedColumns * 4;  // of a panel
+
+// How often a step asks for what comes next: four blocks of rows then ask for as much as a panel has.
+constexpr int64_t kAsksEach = 4;
 
 // What the instructions need while they are in use.
 using Multiplication = TileSession;
 
 // kRowTiles x kColumnTiles tiles of c (float32 or int32), at most 2 x 2, += `steps` steps of a and a panel.
 template <bool kInt, int kRowTiles, int kColumnTiles>
-void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, char* c,
+void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, const char* ahead, char* c,
                    int64_t c_stride) {
   constexpr int64_t kColumnBytes = kTileHeight * 4, kPanelRow = kPackedColumns * 4;
   const auto each = [&](auto use) __attribute__((always_inline)) {
@@ -41,6 +42,7 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
   });
   for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kStepBytes) {
     for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+    for (int64_t times = 0; times < kAsksEach; ++times) ahead = Ahead::Ask(ahead);
     LoadTile<4>(a, kTileRowBytes);
     if constexpr (kRowTiles > 1) LoadTile<5>(a + kTileHeight * kTileRowBytes, kTileRowBytes);
     LoadTile<6>(panel, kPanelRow);
@@ -56,18 +58,15 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
 // the last are written too.
 template <bool kInt>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
-                   float* c, int64_t stride) {
+                   const Ahead& ahead, float* c, int64_t stride) {
   const int64_t a_step = left.rows * kTileRowBytes;
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;
-    int64_t r = 0;
-    for (; left.rows - r > kTileHeight; r += 2 * kTileHeight) {
-      MultiplyBlock<kInt, 2, 2>(a + r * kTileRowBytes, a_step, panel, steps,
-                                reinterpret_cast<char*>(c + r * stride + n), stride * 4);
-    }
-    if (r < left.rows) {
-      MultiplyBlock<kInt, 1, 2>(a + r * kTileRowBytes, a_step, panel, steps,
-                                reinterpret_cast<char*>(c + r * stride + n), stride * 4);
+    for (int64_t r = 0; r < left.rows; r += 2 * kTileHeight) {
+      (left.rows - r > kTileHeight ? MultiplyBlock<kInt, 2, 2> : MultiplyBlock<kInt, 1, 2>)(
+          a + r * kTileRowBytes, a_step, panel, steps,
+          ahead.From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
+          reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
   }
 }

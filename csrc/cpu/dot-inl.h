@@ -21,7 +21,6 @@ constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of 
 
 // Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
 constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
-constexpr int64_t kStreamingRows = kDotRows;
 
 // A step along k is 64 bytes of a row, and so many of a panel.
 constexpr int64_t kStepWords = 16;
@@ -40,45 +39,54 @@ struct DotRange {
   Panels panels;
   float* tile;
   int64_t tile_stride;
+  Ahead ahead;
 };
 
+// Loops over rows and vectors are unrolled by hand: GCC else leaves the sums in memory.
 template <typename Sum, int kRows, int kVectors>
 void DotTile(const DotRange& range, int64_t row, int64_t column) {
   float* const tile = range.tile + row * range.tile_stride + column;
   const char* panels[kVectors];
   Sum sum[kRows][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    panels[v] = range.panels.At<int8_t>(0, column + v * kLanes);
-    for (int r = 0; r < kRows; ++r) sum[r][v] = Load<Sum>(tile + r * range.tile_stride + v * kLanes);
-  }
+  const auto each_sum = [&](auto use) __attribute__((always_inline)) {
+    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        use(sum[r][v], tile + r * range.tile_stride + v * kLanes);
+      });
+    });
+  };
+  Unrolled<kVectors>([&](auto v) { panels[v] = range.panels.At<int8_t>(0, column + v * kLanes); });
+  each_sum([](Sum& one, const float* at) __attribute__((always_inline)) { one = Load<Sum>(at); });
   const char* a = range.a + row * kTileRowBytes;
+  const char* ahead = range.ahead.From(column, row / kRows, range.steps * (kStepWords / kWords), panels[0]);
   for (int64_t s = 0; s < range.steps; ++s, a += range.a_step) {
     for (int64_t word = 0; word < kStepWords; word += kWords) {
+      ahead = Ahead::Ask(ahead);
       Words x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = LoadWords(a + r * kTileRowBytes + word * 4);
+      Unrolled<kRows>([&](auto r) { x[r] = LoadWords(a + r * kTileRowBytes + word * 4); });
       Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
         U32 w[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
           w[v] = Weights<Sum>(Load<U32>(panels[v]));
-          if (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
+          if constexpr (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
           panels[v] += kPackedColumns * 4;
-        }
-        for (int r = 0; r < kRows; ++r) {
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = MultiplyWord<i>(sum[r][v], w[v], x[r]);
-        }
+        });
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+          Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+            sum[r][v] = MultiplyWord<i>(sum[r][v], w[v], x[r]);
+          });
+        });
       });
     }
   }
-  for (int v = 0; v < kVectors; ++v) {
-    for (int r = 0; r < kRows; ++r) Store(tile + r * range.tile_stride + v * kLanes, sum[r][v]);
-  }
+  each_sum([](const Sum& one, float* at) __attribute__((always_inline)) { Store(at, one); });
 }
 
 // c[left.rows][stride] += `steps` steps of a plane of the left operand times panels.
 template <bool kInt>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
-                   float* c, int64_t stride) {
-  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride};
+                   const Ahead& ahead, float* c, int64_t stride) {
+  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride, ahead};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
     if constexpr (kInt) {
       DotTile<I32, rows, vectors>(range, row, column);

@@ -85,7 +85,10 @@ size_t Bytes(const ScratchPlan& plan) {
          static_cast<size_t>(plan.workers) * sizeof(TaskScratch);
 }
 
-// Columns of a task: as many as the cache has room for their sums, but at least two tasks a worker. Bits do
+// At least, where there are columns enough: who is through with its tasks waits for the others.
+constexpr int64_t kTasksPerWorker = 8;
+
+// Columns of a task: as many as the cache has room for their sums, but enough tasks for the workers. Bits do
 // not depend on it (gemm-inl.h).
 int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
                     int64_t cache_bytes, int64_t workers) {
@@ -97,10 +100,10 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   // A transposed weight is contiguous along K, so few rows gain nothing from wide tasks.
   if (!weight.packed && weight.col_stride != 1 && most_rows <= kFewRows) return kMinColumns;
   const int64_t halves = columns == product.N ? 1 : 2;
-  const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileSize) / (halves * RoundUp(most_rows, 16));
+  const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileCells) / (halves * RoundUp(most_rows, 16));
   int64_t width = kMinColumns;
   while (2 * width <= std::min(most, kMaxColumns) &&
-         static_cast<int64_t>(segments.size()) * columns >= 2 * workers * 2 * width) {
+         static_cast<int64_t>(segments.size()) * columns >= kTasksPerWorker * workers * 2 * width) {
     width *= 2;
   }
   return width;
@@ -137,6 +140,7 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
   Wave wave = {};
   wave.problem = &p;
   wave.steps = StepsOf(p);
+  wave.cache_bytes = cache_bytes;
   wave.first = {p.K1, p.N1, first, &p.weight1, &p.channels1};
   wave.second = {p.K2, p.N2, first + plan.first, &p.weight2, &p.channels2};
 

@@ -24,6 +24,29 @@ enum class Sums {
   kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
 };
 
+// What will be read after the panels that are being multiplied: for each of these `bytes` bytes, `stride` from
+// those of the next panel. Its lines are asked for little by little, into the second-level cache.
+struct Ahead {
+  const char* data;
+  int64_t stride, bytes;
+
+  static constexpr int64_t kLinesEach = 2;
+  static const char* Ask(const char* at) {
+    for (int64_t line = 0; line < kLinesEach; ++line) __builtin_prefetch(at + line * 64, 0, 2);
+    return at + kLinesEach * 64;
+  }
+
+  // Where tile `tile` of the panel of `column` begins to ask, so many times. A tile that has nothing to ask for
+  // asks for `own`, which it reads itself.
+  const char* From(int64_t column, int64_t tile, int64_t times, const char* own) const {
+    const int64_t begin = tile * times * kLinesEach * 64;
+    return begin < bytes ? data + column / kPackedColumns * stride + begin : own;
+  }
+};
+
+// Groups of rows between one asking and the next.
+constexpr int kAskEvery = 4;
+
 // A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
 struct Range {
   const float* a;  // row 0 of the rows, at the block's first k; rows are kKBlock apart
@@ -35,34 +58,41 @@ struct Range {
   const float* sums;
   float* tile;
   int64_t tile_stride;
+  Ahead ahead;
 };
 
-// kRows rows from `row` times kVectors * kLanes columns from `column`.
+// kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are unrolled
+// by hand: GCC else leaves the sums in memory.
 template <typename T, Sums kSums, int kRows, int kVectors>
 void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
+  constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
   const float* const a = range.a + row * kKBlock;
   float* const tile = range.tile + row * range.tile_stride + column;
   const char* panels[kVectors];
   F32 sum[kRows][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
+  const auto each_sum = [&](auto use) __attribute__((always_inline)) {
+    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) { use(sum[r][v], r, v); });
+    });
+  };
+  Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
     panels[v] = range.panels.At<T>(range.begin / kGroup * kGroup, column + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
-      sum[r][v] = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
-    }
-  }
+  });
+  each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
+    one = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
+  });
 
   // Rows [first, last) of the group that begins with row k.
   const auto step = [&](int64_t k, int first, int last) __attribute__((always_inline)) {
     Vector w[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
+    Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
       __builtin_prefetch(panels[v] + kPrefetchBytes);
       panels[v] += kGroupBytes<T>;
-    }
+    });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
       const auto element = [&](int v) __attribute__((always_inline)) {
@@ -75,44 +105,51 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
       // All of one side are held in registers beside the sums: the side that has fewer.
       if constexpr (kRows > kVectors) {
         F32 elements[kVectors];
-        for (int v = 0; v < kVectors; ++v) elements[v] = element(v);
-        for (int r = 0; r < kRows; ++r) {
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) { elements[v] = element(v); });
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
           const F32 one = x(r);
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(one, elements[v], sum[r][v]);
-        }
+          Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+            sum[r][v] = Fma(one, elements[v], sum[r][v]);
+          });
+        });
       } else {
         F32 xs[kRows];
-        for (int r = 0; r < kRows; ++r) xs[r] = x(r);
-        for (int v = 0; v < kVectors; ++v) {
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { xs[r] = x(r); });
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
           const F32 one = element(v);
-          for (int r = 0; r < kRows; ++r) sum[r][v] = Fma(xs[r], one, sum[r][v]);
-        }
+          Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            sum[r][v] = Fma(xs[r], one, sum[r][v]);
+          });
+        });
       }
     });
   };
+  const char* ahead = range.ahead.From(column, row / kRows, (range.end - range.begin) / (kGroup * kAskEvery), panels[0]);
   int64_t k = range.begin / kGroup * kGroup;
   if (k < range.begin) {
     const int64_t left = range.end - k;
     step(k, static_cast<int>(range.begin - k), static_cast<int>(left < kGroup ? left : kGroup));
     k += kGroup;
   }
+  for (; k + kGroup * kAskEvery <= range.end; k += kGroup * kAskEvery) {
+    ahead = Ahead::Ask(ahead);
+    Unrolled<kAskEvery>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
+  }
   for (; k + kGroup <= range.end; k += kGroup) step(k, 0, kGroup);
   if (k < range.end) step(k, 0, static_cast<int>(range.end - k));
 
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      float* const to = tile + r * range.tile_stride + v * kLanes;
-      const int64_t n = column + v * kLanes;
-      if constexpr (kSums == Sums::kInt) {
-        Store(to, Load<U32>(to) + (U32) __builtin_convertvector(sum[r][v], I32));
-      } else if constexpr (kSums == Sums::kScaled) {
-        const F32 both = Fma(Set(range.sums[row + r]), Load<F32>(range.offset + n), sum[r][v]);
-        Store(to, Fma(both, Load<F32>(range.scale + n), Load<F32>(to)));
-      } else {
-        Store(to, sum[r][v]);
-      }
+  each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
+    float* const to = tile + r * range.tile_stride + v * kLanes;
+    const int64_t n = column + v * kLanes;
+    if constexpr (kSums == Sums::kInt) {
+      Store(to, Load<U32>(to) + (U32) __builtin_convertvector(one, I32));
+    } else if constexpr (kSums == Sums::kScaled) {
+      const F32 both = Fma(Set(range.sums[row + r]), Load<F32>(range.offset + n), one);
+      Store(to, Fma(both, Load<F32>(range.scale + n), Load<F32>(to)));
+    } else {
+      Store(to, one);
     }
-  }
+  });
 }
 
 // Sums of a tile fill the registers, so more rows have fewer columns. A row alone has too few sums to hide
@@ -124,24 +161,36 @@ constexpr int kWide = kRegisters == 32 ? (kRows <= 2   ? 8
                                        : (kRows <= 2 ? 4 : 2);
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
+// Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while the
+// rows go by.
+template <int kRows, typename Use>
+inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
+  constexpr std::integral_constant<int, kRows> kHeight;
+  constexpr std::integral_constant<int, kWide<kRows>> kVectors;
+  int64_t n = 0;
+  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
+    for (int64_t row = begin; row < end; row += kRows) use(kHeight, kVectors, row, n);
+  }
+  if constexpr (kVectors > 2) {
+    for (; n < columns; n += 2 * kLanes) {
+      for (int64_t row = begin; row < end; row += kRows) use(kHeight, std::integral_constant<int, 2>(), row, n);
+    }
+  }
+}
+
 // Calls use(kRows, kVectors, row, column) for each tile of `rows` rows and `columns` columns, which are
-// rounded up to whole panels. The first two are constants to the compiler; a tile has kMost rows where so
-// many are left.
+// rounded up to whole panels. The first two are constants to the compiler; tiles have up to kMost rows, and
+// all but the last as many.
 template <int kMost, typename Use>
 inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
   columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
-  for (int64_t row = 0; row < rows; row += kMost) {
-    Unrolled<kMost>([&](auto i) {
-      constexpr std::integral_constant<int, i + 1> kRows;
-      if (rows - row != kRows && (kRows != kMost || rows - row < kRows)) return;
-      constexpr std::integral_constant<int, kWide<kRows>> kVectors;
-      int64_t n = 0;
-      for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) use(kRows, kVectors, row, n);
-      if constexpr (kVectors > 2) {
-        for (; n < columns; n += 2 * kLanes) use(kRows, std::integral_constant<int, 2>(), row, n);
-      }
-    });
-  }
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  if (tiles == 0) return;
+  const int64_t height = (rows + tiles - 1) / tiles, last = rows % height;
+  Unrolled<kMost>([&](auto i) {
+    if (height == i + 1) Sweep<i + 1>(0, rows - last, columns, use);
+    if (last == i + 1) Sweep<i + 1>(rows - last, rows, columns, use);
+  });
 }
 
 template <typename T, Sums kSums, int kMost>
@@ -163,11 +212,11 @@ inline float SumOf(const float* a, int64_t count) {
   return lanes[0];
 }
 
-// Between the rows of a task's tile. A power of two times kMinColumns.
+// Between the rows of a task's tile. A power of two would put the rows of long ones into the same few sets of
+// the first-level cache.
 inline int64_t TileStride(int64_t columns) {
-  int64_t stride = kMinColumns;
-  while (stride < columns) stride *= 2;
-  return stride;
+  if (columns <= kMinColumns) return kMinColumns;
+  return (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns + kTilePadding;
 }
 
 // The columns of a task in one product: those of W from `column`, a multiple of kPackedColumns for packed
@@ -189,6 +238,21 @@ inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t exper
   return (k / rows + 1) * rows;
 }
 
+// The part of a packed weight that is `below` rows below and `beside` columns beside `panels`.
+template <typename T>
+Ahead AheadOf(const Weight& weight, const Panels& panels, int64_t below, int64_t beside, int64_t rows) {
+  if (!weight.packed) return {};
+  return {panels.data + below / Panel<T>::kGroup * kGroupBytes<T> + beside / kPackedColumns * panels.bytes,
+          panels.bytes, rows / Panel<T>::kGroup * kGroupBytes<T>};
+}
+
+// Rows of panels of so many columns, as float32, that fit scratch: kKBlock over a power of two.
+inline int64_t PanelDepth(int64_t columns) {
+  int64_t depth = kKBlock;
+  while (depth * columns > kPanelSize) depth /= 2;
+  return depth;
+}
+
 // tile[rows][TileStride(columns)] += rows [row, row + rows) of the segment times the columns.
 template <typename T, Sums kSums>
 void MultiplyRows(const Wave& wave, const Product& product, const Segment& segment, int64_t row, int64_t rows,
@@ -202,7 +266,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const int64_t width = strips && columns.columns > kMinColumns ? kMinColumns : columns.columns;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
   // any case, since a chain ends with the block.
-  const int64_t depth = weight.packed && !expanded ? kKBlock : kPanelSize / TileStride(width);
+  const int64_t depth = weight.packed && !expanded ? kKBlock : PanelDepth(width);
   Range range = {};
   range.offset = scratch->antiquant_offset;
   range.scale = scratch->antiquant_scale;
@@ -222,6 +286,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       range.panels =
           PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
                       {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
+      const bool last = n + width >= columns.columns;
+      range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
+                               last ? -n : expanded ? width : kPackedColumns, block_rows);
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
         const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;

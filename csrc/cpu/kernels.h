@@ -26,7 +26,9 @@ constexpr int64_t kMaxRows = 512;
 // kMinColumns, whose panels stay near while the rows go by.
 constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxColumns = 512;
-constexpr int64_t kTileSize = 1 << 17;  // of both halves of a GLU, kMaxRows * kMinColumns each at least
+constexpr int64_t kTileCells = 1 << 17;  // of both halves of a GLU, kMaxRows * kMinColumns each at least
+constexpr int64_t kTilePadding = 16;     // behind each row of more than kMinColumns
+constexpr int64_t kTileSize = kTileCells + 2 * kMaxRows * kTilePadding;
 constexpr int64_t kPanelSize = kKBlock * kMinColumns;
 // Up to so many rows multiply weights as they are stored; for more, panels are expanded to float32 first.
 constexpr int64_t kFewRows = 4;
@@ -68,6 +70,7 @@ struct Wave {
   const Problem* problem;
   Steps steps;
   int64_t first_row, rows;
+  int64_t cache_bytes;  // the second-level cache of a thread
   Product first, second;
 };
 

@@ -138,11 +138,12 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
   const int64_t group_rows = antiquant ? product.K / product.channels->G : product.K;
-  // A packed weight that is multiplied as it is needs no scratch: few rows read it from end to end, and all of
-  // the task's columns side by side.
-  const bool streams = weight.packed && as_it_is && left.rows <= kStreamingRows;
-  const int64_t depth = streams ? (product.K > 0 ? product.K : 1) : kKBlock;
-  const int64_t width = streams ? columns.columns : kMinColumns;
+  // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says how
+  // long its blocks are, and all of the task's columns stand side by side.
+  const bool in_place = weight.packed && as_it_is;
+  const int64_t cached = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
+  const int64_t depth = in_place && cached > kKBlock ? cached / kKBlock * kKBlock : kKBlock;
+  const int64_t width = in_place ? columns.columns : kMinColumns;
   const Multiplication multiplication;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
@@ -158,10 +159,15 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       char* const high = reinterpret_cast<char*>(scratch->panel);
       char* const rest = high + sizeof(scratch->panel) / 2;
       const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
+      // After these panels the ones beside them are read, and after the last of the task those below the first.
+      const bool last = n + width >= columns.columns;
+      const Ahead ahead = 
+          AheadOf<T>(weight, panels, last ? depth : 0, last ? -n : as_it_is ? kPackedColumns : width, rows);
       const auto multiply = [&](auto is_int, const char* a, const char* from, int64_t begin, int64_t end,
                                 float* to, int64_t to_stride) {
         MultiplyPlane<decltype(is_int)::value>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
-                                               (end - begin + step - 1) / step, strip.columns, to, to_stride);
+                                               (end - begin + step - 1) / step, strip.columns, ahead, to,
+                                               to_stride);
       };
       const char* const a = left.At(0, block);
       float* const to = tile + n;
