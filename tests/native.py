@@ -37,14 +37,15 @@ each_isa = pytest.mark.parametrize(
     "isa",
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_ISAS else []) for name in SUPPORTED_ISAS],
 )
-# For the bound of each, and the modes in which 16 rows of an expert take another multiplication than fewer.
+# For the bound of each, and by mode how many rows of an expert take another multiplication than fewer.
 KERNELS = {
     name: Kernel(flushes=name in ("amx", "avx512_bf16"), splits=name == "amx") for name in SUPPORTED_ISAS
 }
-FROM_16_ROWS = {
-    name: ("w8a16_bf16", "w4a16_bf16") * kernel.flushes + ("fp16", "w8a16", "w4a16") * kernel.splits
-    for name, kernel in KERNELS.items()
+BOUNDARIES = {
+    "amx": dict.fromkeys(("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"), 16),
+    "avx512_bf16": {"w8a16_bf16": 8, "w4a16_bf16": 32},
 }
+BOUNDARY = {name: BOUNDARIES.get(name, {}) for name in SUPPORTED_ISAS}
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

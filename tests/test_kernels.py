@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import EMULATED, FROM_16_ROWS, HARDWARE_ISAS, KERNELS, SLOW_ISAS, each_isa, native_ffn
+from native import BOUNDARY, EMULATED, HARDWARE_ISAS, KERNELS, SLOW_ISAS, each_isa, native_ffn
 from tolerance import FLUSHED, assert_close
 
 import reference
@@ -299,10 +299,11 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(isa, mode):
     call = make_call(mode, "gelu", M, K1, K2)
     whole = native_ffn(**call, isa=isa)
     parts = ((0, 1), (1, 8), (8, 41), (41, 300), (299, 300))
-    if mode in FROM_16_ROWS[isa]:
-        parts = ((0, 16), (16, 33), (33, 300))
-        few = native_ffn(**{**call, "x": call["x"][:15]}, isa=isa)
-        assert same_bits(native_ffn(**{**call, "x": call["x"][14:15]}, isa=isa), few[14:])
+    if boundary := BOUNDARY[isa].get(mode):
+        parts = ((0, boundary), (boundary, 2 * boundary + 1), (2 * boundary + 1, 300))
+        few = native_ffn(**{**call, "x": call["x"][: boundary - 1]}, isa=isa)
+        for begin, end in ((0, 1), (1, 4), (4, boundary - 1)):
+            assert same_bits(native_ffn(**{**call, "x": call["x"][begin:end]}, isa=isa), few[begin:end])
     for begin, end in parts:
         assert same_bits(native_ffn(**{**call, "x": call["x"][begin:end]}, isa=isa), whole[begin:end])
     order = np.random.default_rng(SEED).permutation(M)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import FROM_16_ROWS, KERNELS, each_isa, native_ffn
+from native import BOUNDARY, KERNELS, each_isa, native_ffn
 from strategies import Call, calls, to_numpy
 from tolerance import assert_moe_close
 
@@ -97,7 +97,7 @@ def test_it_is_a_loop_over_tokens(mode: str, data: st.DataObject, seed: int):
     for t in range(len(y)):
         one = {name: rows(arrays[name])[t : t + 1] for name in ("x", "topk_ids", "topk_weights")}
         alone = run(call, {**arrays, **one})
-        if mode in FROM_16_ROWS[_native.selected_isa()]:
+        if mode in BOUNDARY[_native.selected_isa()]:
             options = {"activation": call.activation, **call.reference_options()}
             assert_moe_close(alone, kernel=KERNELS[_native.selected_isa()], **{**arrays, **one}, **options)
         else:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import FROM_16_ROWS, KERNELS
+from native import BOUNDARY, KERNELS
 from strategies import DEVICE, TARGET, Call, calls, to_numpy
 from tolerance import Kernel, assert_close
 
@@ -117,7 +117,7 @@ def test_a_row_depends_on_no_other_row(mode: str, data: st.DataObject, seed: int
     for begin, end in ((0, cut), (cut, len(y))):
         part, of_part = rows_of(call, arrays, begin, end)
         y_of_part = run(part, of_part)
-        if DEVICE == "cpu" and mode in FROM_16_ROWS[ISA]:
+        if DEVICE == "cpu" and mode in BOUNDARY[ISA]:
             options = {"activation": call.activation, **part.reference_options()}
             assert_close(to_numpy(y_of_part), kernel=KERNEL, **of_part, **options)
         else:

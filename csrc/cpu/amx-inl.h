@@ -14,6 +14,7 @@ namespace {
 
 constexpr bool kMultipliesBf16 = true;
 constexpr bool kSplitsFp16 = true;
+constexpr bool kReadsNibbles = false;
 
 // The steps of a tile along k: 32 bf16 or 64 int8.
 constexpr int64_t kStepBytes = kTileHeight * kPackedColumns * 4;  // of a panel
@@ -54,11 +55,12 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
   });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels. Up to 15 rows beyond
+// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T. Up to 15 rows beyond
 // the last are written too.
-template <bool kInt>
+template <typename T>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
+  constexpr bool kInt = std::is_same_v<T, int8_t>;
   const int64_t a_step = left.rows * kTileRowBytes;
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;

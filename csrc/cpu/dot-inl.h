@@ -17,6 +17,7 @@ constexpr bool kMultipliesBf16 = true;
 #else
 constexpr bool kMultipliesBf16 = false;
 #endif
+constexpr bool kReadsNibbles = kMultipliesBf16;  // packed int4 become pairs of bf16 on their way
 constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of float32
 
 // Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
@@ -42,59 +43,175 @@ struct DotRange {
   Ahead ahead;
 };
 
-// Loops over rows and vectors are unrolled by hand: GCC else leaves the sums in memory.
-template <typename Sum, int kRows, int kVectors>
-void DotTile(const DotRange& range, int64_t row, int64_t column) {
-  float* const tile = range.tile + row * range.tile_stride + column;
-  const char* panels[kVectors];
+// The sums of kRows rows times kVectors vectors of columns, and where their operands are. Loops over rows and
+// vectors are unrolled by hand: GCC else leaves the sums in memory.
+template <typename T, int kRows, int kVectors>
+struct DotSums {
+  using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
+  static constexpr bool kPairsOfNibbles = std::is_same_v<T, Int4Pair>;
+
   Sum sum[kRows][kVectors];
-  const auto each_sum = [&](auto use) __attribute__((always_inline)) {
-    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        use(sum[r][v], tile + r * range.tile_stride + v * kLanes);
-      });
+  const char* panels[kVectors];
+  const char* a;
+  const char* ahead;
+
+  // At the first step of panels of `column`.
+  inline __attribute__((always_inline)) DotSums(const DotRange& range, int64_t row, int64_t column)
+      : a(range.a + row * kTileRowBytes),
+        ahead(range.ahead.From(column, row / kRows, range.steps * (kStepWords / kWords),
+                               range.panels.At<T>(0, column))) {
+    Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      panels[v] = range.panels.At<T>(0, column + v * kLanes);
     });
-  };
-  Unrolled<kVectors>([&](auto v) { panels[v] = range.panels.At<int8_t>(0, column + v * kLanes); });
-  each_sum([](Sum& one, const float* at) __attribute__((always_inline)) { one = Load<Sum>(at); });
-  const char* a = range.a + row * kTileRowBytes;
-  const char* ahead = range.ahead.From(column, row / kRows, range.steps * (kStepWords / kWords), panels[0]);
-  for (int64_t s = 0; s < range.steps; ++s, a += range.a_step) {
-    for (int64_t word = 0; word < kStepWords; word += kWords) {
-      ahead = Ahead::Ask(ahead);
-      Words x[kRows];
-      Unrolled<kRows>([&](auto r) { x[r] = LoadWords(a + r * kTileRowBytes + word * 4); });
-      Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
-        U32 w[kVectors];
-        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          w[v] = Weights<Sum>(Load<U32>(panels[v]));
-          if constexpr (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
-          panels[v] += kPackedColumns * 4;
-        });
-        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+  }
+
+  // Calls use(sum, row, vector).
+  template <typename Use>
+  inline __attribute__((always_inline)) void Each(const Use& use) {
+    Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) { use(sum[r][v], r, v); });
+    });
+  }
+
+  inline __attribute__((always_inline)) void AddSteps(int64_t steps, int64_t a_step) {
+    for (int64_t s = 0; s < steps; ++s, a += a_step) {
+      for (int64_t word = 0; word < kStepWords; word += kWords) {
+        ahead = Ahead::Ask(ahead);
+        Words x[kRows];
+        Unrolled<kRows>([&](auto r) { x[r] = LoadWords(a + r * kTileRowBytes + word * 4); });
+        U32 stored[kVectors];
+        Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
+          U32 w[kVectors];
           Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-            sum[r][v] = MultiplyWord<i>(sum[r][v], w[v], x[r]);
+            if (!kPairsOfNibbles || i == 0) {
+              stored[v] = Load<U32>(panels[v]);
+              if constexpr (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
+              panels[v] += kPackedColumns * 4;
+            }
+            w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
           });
+          Each([&](Sum& one, auto r, auto v)
+                   __attribute__((always_inline)) { one = MultiplyWord<i>(one, w[v], x[r]); });
         });
-      });
+      }
     }
   }
-  each_sum([](const Sum& one, float* at) __attribute__((always_inline)) { Store(at, one); });
+};
+
+template <typename T, int kRows, int kVectors>
+void DotTile(const DotRange& range, int64_t row, int64_t column) {
+  using Sum = typename DotSums<T, kRows, kVectors>::Sum;
+  float* const tile = range.tile + row * range.tile_stride + column;
+  DotSums<T, kRows, kVectors> sums(range, row, column);
+  const auto at = [&](int r, int v) __attribute__((always_inline)) {
+    return tile + r * range.tile_stride + v * kLanes;
+  };
+  sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { one = Load<Sum>(at(r, v)); });
+  sums.AddSteps(range.steps, range.a_step);
+  sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { Store(at(r, v), one); });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels.
-template <bool kInt>
+// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T.
+template <typename T>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
   const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride, ahead};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    if constexpr (kInt) {
-      DotTile<I32, rows, vectors>(range, row, column);
-    } else if constexpr (kMultipliesBf16) {
-      DotTile<F32, rows, vectors>(range, row, column);
-    }
+    if constexpr (std::is_same_v<T, int8_t> || kMultipliesBf16) DotTile<T, rows, vectors>(range, row, column);
   });
 }
+
+#if defined(FFN_DOT_BF16)
+// The groups of integer weights beside bf16, from the first column of a task.
+struct Groups {
+  const BFloat* offset;
+  const BFloat* scale;
+  int64_t N;           // from one group to the next
+  int64_t rows;        // of a group
+  int64_t columns;     // of the task
+  const float* row_sums;  // of the left operand: by piece and row, kFewRows a piece
+};
+
+// For few rows: tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W, as AddScaled
+// has it, without leaving the registers in between.
+template <int kRows, int kVectors>
+void ScaledTile(const DotRange& range, const Groups& groups, int64_t begin, int64_t end, int64_t column) {
+  float* const tile = range.tile + column;
+  DotSums<Int4Pair, kRows, kVectors> sums(range, 0, column);
+  F32 total[kRows][kVectors];
+  const auto each = [&](auto use) __attribute__((always_inline)) {
+    sums.Each([&](F32& one, auto r, auto v)
+                  __attribute__((always_inline)) { use(one, total[r][v], r, v); });
+  };
+  each([&](F32&, F32& all, int r, int v)
+           __attribute__((always_inline)) { all = Load<F32>(tile + r * range.tile_stride + v * kLanes); });
+  const float* row_sums = groups.row_sums;
+  for (int64_t k = begin; k < end; row_sums += kFewRows) {
+    const int64_t piece_end = PieceEnd(k, end, groups.rows);
+    each([&](F32& one, F32&, int, int) __attribute__((always_inline)) { one = Set(-0.0f); });
+    sums.AddSteps((piece_end - k + 31) / 32, range.a_step);
+    F32 offset[kVectors], scale[kVectors];
+    Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      const int64_t n = column + v * kLanes, at = k / groups.rows * groups.N + n;
+      offset[v] = LoadFloats(groups.offset + at, groups.columns - n);
+      scale[v] = LoadFloats(groups.scale + at, groups.columns - n);
+    });
+    each([&](F32& one, F32& all, int r, int v) __attribute__((always_inline)) {
+      all = Fma(Fma(Set(row_sums[r]), offset[v], one), scale[v], all);
+    });
+    k = piece_end;
+  }
+  each([&](F32&, F32& all, int r, int v)
+           __attribute__((always_inline)) { Store(tile + r * range.tile_stride + v * kLanes, all); });
+}
+
+// Few rows times packed or plain int4, for MultiplyNarrowRows.
+inline void MultiplyNibbles(const Product& product, const Segment& segment,
+                            const Columns& columns, float* tile, TaskScratch* scratch) {
+  const LeftRows left(product, segment);
+  const Weight& weight = *product.weight;
+  const Channels& channels = *product.channels;
+  const int64_t index = segment.expert * channels.G * product.N + columns.column;
+  const int64_t group_rows = product.K / channels.G, stride = TileStride(columns.columns);
+  // Plain weights go through scratch, and so do the sums of the left operand's rows.
+  constexpr int64_t kMostPieces = sizeof(scratch->sums) / sizeof(float) / kFewRows;
+  const int64_t depth = weight.packed ? kMostPieces * 32 : kKBlock;
+  const int64_t width = weight.packed ? columns.columns : kMinColumns;
+  for (int64_t block = 0; block < product.K; block += depth) {
+    const int64_t rows = product.K - block < depth ? product.K - block : depth, end = block + rows;
+    float* row_sums = scratch->sums;
+    for (int64_t k = block, piece_end = 0; k < end; k = piece_end, row_sums += kFewRows) {
+      piece_end = PieceEnd(k, end, group_rows);
+      for (int64_t r = 0; r < left.rows; ++r) row_sums[r] = SumOfRow(left, r, k, piece_end, scratch);
+    }
+    for (int64_t n = 0; n < columns.columns; n += width) {
+      const int64_t strip = columns.columns - n < width ? columns.columns - n : width;
+      if (!weight.packed && rows % 32 != 0) __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));
+      const Panels panels =
+          PanelsOf<Int4Pair>(weight, DType::kInt4, product.K,
+                             {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
+      const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {}};
+      const Groups groups = {static_cast<const BFloat*>(channels.antiquant_offset) + index + n,
+                             static_cast<const BFloat*>(channels.antiquant_scale) + index + n,
+                             product.N,
+                             group_rows,
+                             strip,
+                             scratch->sums};
+      const int64_t panel_columns = (strip + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
+      Unrolled<kFewRows>([&](auto i) {
+        if (left.rows != i + 1) return;
+        constexpr int kVectors = i == 0 ? 8 : i == 1 ? 4 : 2;  // there are twice as many sums as in a DotTile
+        int64_t c = 0;
+        for (; c + kVectors * kLanes <= panel_columns; c += kVectors * kLanes) {
+          ScaledTile<i + 1, kVectors>(range, groups, block, end, c);
+        }
+        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<i + 1, 2>(range, groups, block, end, c);
+      });
+    }
+  }
+}
+
+#endif
 
 // What kWordOffset adds to the sums of a row, whose steps begin at `a`.
 inline uint32_t OffsetOf(const char* a, int64_t a_step, int64_t steps) {

@@ -212,6 +212,20 @@ inline float SumOf(const float* a, int64_t count) {
   return lanes[0];
 }
 
+// The sum of columns [begin, end) of a left operand's row, within a block of kKBlock.
+inline float SumOfRow(const LeftRows& left, int64_t row, int64_t begin, int64_t end, TaskScratch* scratch) {
+  for (int64_t k = begin; k < end; k += kLanes) Store(scratch->row + k - begin, left.Get(row, k));
+  return SumOf(scratch->row, end - begin);
+}
+
+// Rows of W that belong to one group and to one block of kKBlock: the last one + 1 of those from `begin`, before
+// `end`.
+inline int64_t PieceEnd(int64_t begin, int64_t end, int64_t group_rows) {
+  const int64_t group_end = (begin / group_rows + 1) * group_rows, block_end = (begin / kKBlock + 1) * kKBlock;
+  const int64_t piece_end = group_end < block_end ? group_end : block_end;
+  return piece_end < end ? piece_end : end;
+}
+
 // Between the rows of a task's tile. A power of two would put the rows of long ones into the same few sets of
 // the first-level cache.
 inline int64_t TileStride(int64_t columns) {

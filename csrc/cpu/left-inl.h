@@ -42,7 +42,7 @@ struct LeftRows {
   void Put(int64_t row, int64_t k, F32 value) const {
     char* const at = At(row, k);
     if (left == Left::kFloat) return Store(at, value);
-    if (left == Left::kBf16) return StoreAs(reinterpret_cast<BFloat*>(at), value);
+    if (left == Left::kBf16 || left == Left::kBf16Exact) return StoreAs(reinterpret_cast<BFloat*>(at), value);
     if (left == Left::kInt8) {
       return Store(at, __builtin_convertvector(__builtin_convertvector(value, I32), I8));
     }
@@ -59,6 +59,7 @@ struct LeftRows {
       case Left::kFloat:
         return Load<F32>(at);
       case Left::kBf16:
+      case Left::kBf16Exact:
         return LoadFloats(reinterpret_cast<const BFloat*>(at));
       case Left::kInt8:
         return LoadFloats(reinterpret_cast<const int8_t*>(at));

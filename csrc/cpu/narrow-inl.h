@@ -25,10 +25,13 @@
 namespace ffn::cpu {
 namespace {
 
-// Fewer rows of fp16 or of integer weights are faster as floats: expanded panels, and several passes of fp16,
-// against one that converts on the way. It is the one place where a row's bits depend on how many an expert
-// has.
-constexpr int64_t kFewestRows = 16;
+// Expanding a panel, or several passes, must pay: so many rows of an expert take fp16 through bf16, or integer
+// weights that were scaled and rounded. Fewer convert on the way, and scale sums. It is the one place where a
+// row's bits depend on how many an expert has. Tiles have 16 rows; the others were measured (Zen 4).
+int64_t FewestRows(DType weight) {
+  if (!kReadsNibbles) return 16;
+  return weight == DType::kInt4 ? 32 : 8;
+}
 
 bool GroupsFitSteps(const Problem& problem) {
   const auto fits = [](const Channels& channels, int64_t K) {
@@ -38,14 +41,16 @@ bool GroupsFitSteps(const Problem& problem) {
 }
 
 Left NarrowLeftOf(const Problem& problem, int64_t rows) {
-  const bool few = rows < kFewestRows;
+  const bool few = rows < FewestRows(problem.weight_dtype);
   switch (problem.x_dtype) {
     case DType::kInt8:
       return Left::kInt8;
     case DType::kBFloat16:
       if (!kMultipliesBf16) return Left::kFloat;
       if (problem.weight_dtype == DType::kBFloat16) return Left::kBf16;
-      return few || !GroupsFitSteps(problem) ? Left::kFloat : Left::kBf16;
+      if (!GroupsFitSteps(problem)) return Left::kFloat;
+      if (!few) return Left::kBf16;
+      return kReadsNibbles && problem.weight_dtype == DType::kInt4 ? Left::kBf16Exact : Left::kFloat;
     case DType::kFloat16:
       return !kSplitsFp16 || few || !GroupsFitSteps(problem) ? Left::kFloat : Left::kSplit;
     default:
@@ -96,30 +101,25 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
   }
 }
 
-// Sums of the left operand's rows over groups of kStep columns or more, for offsets: of every row for each
-// group in a block.
-inline void SumGroups(const LeftRows& left, int64_t block, int64_t rows, int64_t group_rows,
+// Sums of the left operand's rows over the pieces of a block.
+inline void SumPieces(const LeftRows& left, int64_t block, int64_t end, int64_t group_rows,
                       TaskScratch* scratch) {
-  for (int64_t begin = block; begin < block + rows;) {
-    const int64_t group_end = (begin / group_rows + 1) * group_rows;
-    const int64_t end = group_end < block + rows ? group_end : block + rows;
-    float* const sums = scratch->sums + (begin - block) / 32 * kMaxRows;
-    for (int64_t r = 0; r < left.rows; ++r) {
-      for (int64_t k = begin; k < end; k += kLanes) Store(scratch->row + k - begin, left.Get(r, k));
-      sums[r] = SumOf(scratch->row, end - begin);
-    }
-    begin = end;
+  for (int64_t k = block, piece_end = 0; k < end; k = piece_end) {
+    piece_end = PieceEnd(k, end, group_rows);
+    float* const sums = scratch->sums + (k - block) / 32 * kMaxRows;
+    for (int64_t r = 0; r < left.rows; ++r) sums[r] = SumOfRow(left, r, k, piece_end, scratch);
   }
 }
 
 // tile += scale (sums + offset * sum of the row), for a group.
 inline void AddScaled(const float* row_sums, const float* sums, int64_t rows, int64_t columns, float* tile,
                       int64_t stride, const TaskScratch& scratch) {
+  const int64_t sums_stride = TileStride(columns);
   for (int64_t r = 0; r < rows; ++r) {
     const F32 row_sum = Set(row_sums[r]);
     for (int64_t j = 0; j < columns; j += kLanes) {
       const F32 both =
-          Fma(row_sum, Load<F32>(scratch.antiquant_offset + j), Load<F32>(sums + r * kMinColumns + j));
+          Fma(row_sum, Load<F32>(scratch.antiquant_offset + j), Load<F32>(sums + r * sums_stride + j));
       float* const to = tile + r * stride + j;
       Store(to, Fma(both, Load<F32>(scratch.antiquant_scale + j), Load<F32>(to)));
     }
@@ -130,24 +130,31 @@ template <typename T>
 void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment& segment,
                         const Columns& columns, float* tile, TaskScratch* scratch) {
   constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
+  using Element = BFloat;  // of pairs
   const bool antiquant = kInteger && product.channels->antiquant_scale != nullptr;
   const bool as_it_is = std::is_same_v<T, BFloat> || (kInteger && !antiquant);
   const LeftRows left(product, segment);
-  const bool scales_sums = antiquant && left.left == Left::kSplit;
+  const bool scales_sums = antiquant && left.left != Left::kBf16;
+  const bool reads_nibbles = kReadsNibbles && left.left == Left::kBf16Exact;
+#if defined(FFN_DOT_BF16)
+  if (reads_nibbles && left.rows <= kFewRows) {
+    return MultiplyNibbles(product, segment, columns, tile, scratch);
+  }
+#endif
   const Weight& weight = *product.weight;
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
   const int64_t group_rows = antiquant ? product.K / product.channels->G : product.K;
   // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says how
   // long its blocks are, and all of the task's columns stand side by side.
-  const bool in_place = weight.packed && as_it_is;
+  const bool in_place = weight.packed && (as_it_is || reads_nibbles);
   const int64_t cached = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
-  const int64_t depth = in_place && cached > kKBlock ? cached / kKBlock * kKBlock : kKBlock;
+  const int64_t depth = in_place && as_it_is && cached > kKBlock ? cached / kKBlock * kKBlock : kKBlock;
   const int64_t width = in_place ? columns.columns : kMinColumns;
   const Multiplication multiplication;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
-    if (scales_sums) SumGroups(left, block, rows, group_rows, scratch);
+    if (scales_sums) SumPieces(left, block, block + rows, group_rows, scratch);
     for (int64_t n = 0; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       if (!weight.packed && rows % step != 0) {
@@ -162,45 +169,52 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       // After these panels the ones beside them are read, and after the last of the task those below the first.
       const bool last = n + width >= columns.columns;
       const Ahead ahead = 
-          AheadOf<T>(weight, panels, last ? depth : 0, last ? -n : as_it_is ? kPackedColumns : width, rows);
-      const auto multiply = [&](auto is_int, const char* a, const char* from, int64_t begin, int64_t end,
-                                float* to, int64_t to_stride) {
-        MultiplyPlane<decltype(is_int)::value>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
-                                               (end - begin + step - 1) / step, strip.columns, ahead, to,
-                                               to_stride);
+          AheadOf<T>(weight, panels, last ? depth : 0, last ? -n : in_place ? kPackedColumns : width, rows);
+      const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end, float* to,
+                                int64_t to_stride) {
+        MultiplyPlane<Element>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
+                               (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
       };
       const char* const a = left.At(0, block);
       float* const to = tile + n;
       if constexpr (kInteger) {
         if (!antiquant) {
-          multiply(std::true_type(), a, pairs.data, 0, rows, to, stride);
+          MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
           continue;
         }
         for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
-          const int64_t group_end = LoadGroup(wave, product, segment.expert, block + begin, strip, scratch);
-          end = group_end - block < rows ? group_end - block : rows;
+          LoadGroup(wave, product, segment.expert, block + begin, strip, scratch);
+          end = PieceEnd(block + begin, block + rows, group_rows) - block;
           if (!scales_sums) {
             ExpandPairs<T, Expansion::kScaled>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                                nullptr);
             continue;
           }
-          ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
-                                            nullptr);
           float* const sums = scratch->group;
+          const int64_t sums_stride = TileStride(strip.columns);
           Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
-          multiply(std::false_type(), group_a, high, begin, end, sums, kMinColumns);
-          multiply(std::false_type(), group_a + left.PlaneBytes(), high, begin, end, sums, kMinColumns);
+          if (reads_nibbles) {
+            MultiplyPlane<T>(group_a, left, {panels.At<T>(begin, 0), panels.bytes}, (end - begin + step - 1) / step,
+                             strip.columns, ahead, sums, sums_stride);
+          } else {
+            ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
+                                              nullptr);
+            multiply(group_a, high, begin, end, sums, sums_stride);
+            if (left.left == Left::kSplit) {
+              multiply(group_a + left.PlaneBytes(), high, begin, end, sums, sums_stride);
+            }
+          }
           AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride, *scratch);
         }
-        if (!scales_sums) multiply(std::false_type(), a, high, 0, rows, to, stride);
+        if (!scales_sums) multiply(a, high, 0, rows, to, stride);
       } else if constexpr (std::is_same_v<T, Half>) {
         ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
-        multiply(std::false_type(), a, high, 0, rows, to, stride);
-        multiply(std::false_type(), a + left.PlaneBytes(), high, 0, rows, to, stride);
-        multiply(std::false_type(), a, rest, 0, rows, to, stride);
+        multiply(a, high, 0, rows, to, stride);
+        multiply(a + left.PlaneBytes(), high, 0, rows, to, stride);
+        multiply(a, rest, 0, rows, to, stride);
       } else {
-        multiply(std::false_type(), a, pairs.data, 0, rows, to, stride);
+        multiply(a, pairs.data, 0, rows, to, stride);
       }
     }
   }
@@ -216,7 +230,7 @@ inline void MultiplyNarrow(const Wave& wave, const Product& product, const Segme
       MultiplyNarrowRows<T>(wave, product, segment, columns, tile, scratch);
     }
     // An infinity has no rest, and none of what is scaled after the sum may overflow before.
-    if (segment.left != Left::kSplit) return;
+    if (segment.left != Left::kSplit && segment.left != Left::kBf16Exact) return;
     if constexpr (std::is_same_v<T, Half>) {
       Repeat<T, Sums::kFloat>(wave, product, segment, columns, tile, scratch);
     } else if constexpr (std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>) {

@@ -61,11 +61,11 @@ struct Panel<int8_t> {
 
 template <>
 struct Panel<Int4Pair> {
-  static constexpr int kGroup = 8;
+  static constexpr int kGroup = kNibbles;
   using Vector = U32;
   template <int kRow>
   static inline F32 Element(Vector v) {
-    return SignedNibble<4 * kRow>(v);
+    return SignedNibble<4 * NibbleOf(kRow)>(v);
   }
   static inline U32 RawBits(const Int4Pair* row) { return LoadNibbles(row); }
 };
@@ -143,8 +143,9 @@ struct Packer {
         }
         U32 bits = {};
         for (int64_t i = 0; i < rows; ++i) {
+          const int64_t place = kPerItem<T> == 2 ? NibbleOf(i) : i;
           bits = bits | LoadBits(from + i * stride, source.columns - n)
-                            << static_cast<uint32_t>(i * kBits % 32);
+                            << static_cast<uint32_t>(place * kBits % 32);
         }
         StoreUnits<T>(To(k, n), bits);
       }

@@ -14,7 +14,7 @@ namespace ffn::cpu {
 namespace {
 
 constexpr char kMagic[8] = {'f', 'f', 'n', '_', 'p', 'a', 'c', 'k'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 struct Format {
   int64_t bits;     // of an element
@@ -33,7 +33,7 @@ Format FormatOf(DType dtype) {
     case DType::kInt8:
       return {8, 4, 64};
     default:
-      return {4, 8, 8};
+      return {4, kNibbles, 32};
   }
 }
 
@@ -58,7 +58,8 @@ void UnpackPanel(const PackedHeader& header, int64_t group, const char* panel, i
   constexpr int kBits = 1 << kLogBits;
   for (int64_t k = 0; k < header.K; ++k) {
     for (int64_t c = 0; c < columns; ++c) {
-      const uint32_t value = Get<kLogBits>(panel, (k / group * kPackedColumns + c) * group + k % group);
+      const int64_t place = kBits == 4 ? NibbleOf(k) : k % group;
+      const uint32_t value = Get<kLogBits>(panel, (k / group * kPackedColumns + c) * group + place);
       const int64_t index = k * header.N + column + c;
       if constexpr (kBits == 4) {
         uint8_t& byte = static_cast<uint8_t*>(to)[index / 2];

@@ -300,9 +300,31 @@ inline void Transpose(F32* a) {
   if constexpr (kDistance > 1) Transpose<kDistance / 2>(a);
 }
 
-// Two values as bf16 in each lane's word, the first in the low half; ties to even.
+// Two values as bf16 in each lane's word, the first in the low half; ties to even. Subnormals may be zeros:
+// products of bf16 take them for that.
 inline U32 PairOfBf16(F32 low, F32 high) {
+#if defined(FFN_AVX512) && defined(__AVX512BF16__)
+  constexpr uint16_t kInterleave[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                        8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, Load<__m512i>(kInterleave), (__m512i)both);
+#endif
   return Bits(Round(Rounding::kBf16, low)) >> 16 | Bits(Round(Rounding::kBf16, high));
+}
+
+// Pair kPair of the int4 in each word (ffn.h: NibbleOf) as two bf16.
+template <int kPair>
+inline U32 PairOfNibbles(U32 word) {
+#if defined(FFN_AVX512)
+  // A permutation of 16-bit elements looks at the five lowest bits of an index; the fifth does not matter.
+  constexpr uint16_t kTable[32] = {
+      0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
+      0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+      0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+  return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, (__m512i)(word >> (4 * kPair)), Load<__m512i>(kTable));
+#else
+  return PairOfBf16(SignedNibble<4 * kPair>(word), SignedNibble<4 * kPair + 16>(word));
+#endif
 }
 
 // Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is defined, and
