@@ -133,7 +133,7 @@ def measure_cell(
             "error": one.verdict.error,
             "bound_share": one.verdict.share,
             "pack_seconds": one.make_seconds or None,
-            "huge_share": None if packed is None else machine.huge_share(packed.data_ptr()),
+            "huge_share": None if packed is None else machine.huge_share(packed.data_ptr() + packed.nbytes // 2),
             "other_numerics": peer.other_numerics,
         }
         if figure.seconds is None:

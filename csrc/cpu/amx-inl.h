@@ -42,7 +42,7 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
     LoadTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride);
   });
   for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kStepBytes) {
-    for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes + line);
+    for (int64_t line = 0; line < kStepBytes; line += 64) AskFor(panel + line);
     for (int64_t times = 0; times < kAsksEach; ++times) ahead = Ahead::Ask(ahead);
     LoadTile<4>(a, kTileRowBytes);
     if constexpr (kRowTiles > 1) LoadTile<5>(a + kTileHeight * kTileRowBytes, kTileRowBytes);

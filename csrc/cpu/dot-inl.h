@@ -85,7 +85,7 @@ struct DotSums {
           Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
             if (!kPairsOfNibbles || i == 0) {
               stored[v] = Load<U32>(panels[v]);
-              if constexpr (v * kLanes * 4 % 64 == 0) __builtin_prefetch(panels[v] + kPrefetchBytes);
+              if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
               panels[v] += kPackedColumns * 4;
             }
             w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
@@ -115,7 +115,8 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
 template <typename T>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
-  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride, ahead};
+  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride,
+                          left.rows > kDotRows ? ahead : Ahead{}};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
     if constexpr (std::is_same_v<T, int8_t> || kMultipliesBf16) DotTile<T, rows, vectors>(range, row, column);
   });

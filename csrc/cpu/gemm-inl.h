@@ -90,7 +90,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     Vector w[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
-      __builtin_prefetch(panels[v] + kPrefetchBytes);
+      AskFor(panels[v]);
       panels[v] += kGroupBytes<T>;
     });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
@@ -153,12 +153,9 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
 }
 
 // Sums of a tile fill the registers, so more rows have fewer columns. A row alone has too few sums to hide
-// the latency of an addition with less than four vectors.
+// the latency of an addition with less than four vectors, and two panels at once are read as fast as more.
 template <int kRows>
-constexpr int kWide = kRegisters == 32 ? (kRows <= 2   ? 8
-                                          : kRows <= 4 ? 4
-                                                       : 2)
-                                       : (kRows <= 2 ? 4 : 2);
+constexpr int kWide = kRows <= (kRegisters == 32 ? 4 : 2) ? 4 : 2;
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
 // Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while the
@@ -301,7 +298,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
                       {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
       const bool last = n + width >= columns.columns;
-      range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
+      if (rows > kManyRows) range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
                                last ? -n : expanded ? width : kPackedColumns, block_rows);
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);

@@ -32,9 +32,6 @@ constexpr int64_t kTileSize = kTileCells + 2 * kMaxRows * kTilePadding;
 constexpr int64_t kPanelSize = kKBlock * kMinColumns;
 // Up to so many rows multiply weights as they are stored; for more, panels are expanded to float32 first.
 constexpr int64_t kFewRows = 4;
-// How far ahead weights are asked for: 1 KB was measured best on a machine whose memory takes 100 ns.
-constexpr int64_t kPrefetchBytes = 1024;
-
 // How a float32 is rounded to a narrower format; "HalfAway" rounds ties away from zero, the others to even.
 enum class Rounding : uint8_t { kNone, kFp16, kFp16HalfAway, kBf16, kBf16HalfAway };
 

@@ -276,8 +276,8 @@ inline void Expand(const Panels& from, int64_t rows, int64_t columns, float* to)
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* panel = from.At<T>(0, n);
     for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes<T>) {
-      __builtin_prefetch(panel + kPrefetchBytes);
-      if constexpr (kGroupBytes<T> > 64) __builtin_prefetch(panel + kPrefetchBytes + 64);
+      AskFor(panel);
+      if constexpr (kGroupBytes<T> > 64) AskFor(panel + 64);
       for (int64_t c = 0; c < kPackedColumns; c += kLanes) {
         const auto vector = Load<typename Layout::Vector>(panel + c * kUnitBytes<T>);
         float* const row = to + (n / kPackedColumns * groups + g) * Layout::kGroup * kPackedColumns + c;
