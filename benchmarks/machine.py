@@ -156,8 +156,7 @@ def drift(before: dict[str, float], after: dict[str, float]) -> float:
 
 
 def compute_limit(limits: dict[str, float], row_x: str) -> tuple[str, float]:
-    """The probe that bounds a mode, and its rate: integer products for int8 x, bf16 tiles for 16-bit x, else
-    FMA."""
-    wanted = ("amx_int8", "vnni") if row_x == "int8" else ("amx_bf16",) if row_x != "float32" else ()
-    name = next((name for name in wanted if name in limits), "fma")
-    return name, limits[name]
+    """The probe that bounds a mode, and its rate: the fastest of what can multiply its x."""
+    able = {"int8": ("amx_int8", "vnni"), "bfloat16": ("amx_bf16", "bf16"), "float16": ("amx_bf16",)}
+    names = [name for name in (*able.get(row_x, ()), "fma") if name in limits]
+    return max(((name, limits[name]) for name in names), key=lambda pair: pair[1])

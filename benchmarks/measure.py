@@ -14,8 +14,8 @@ from benchmarks import machine
 
 CLEAN = 5  # no figure from fewer samples than this
 ENOUGH = 25
-# Involuntary context switches of the process in a clean sample: one, or one in so many seconds of a long sample, since
-# a timer's work on a busy core is one too.
+# Involuntary context switches of the process in a clean sample: one, or in a long sample one for so many
+# seconds, since a timer's work on a busy core is one too.
 MAX_SWITCHES, SWITCH_SECONDS = 1, 0.02
 MAX_ROUNDS = 15  # when the time is over, and a busy machine leaves too few clean samples
 IDLE_SECONDS = 0.02  # long enough that a thread pool has gone to sleep

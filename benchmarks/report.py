@@ -16,6 +16,7 @@ OURS_NAMES = {name for names in OURS.values() for name in names}
 # What csrc/cpu/probe.cc measures, with all threads at once.
 LIMITS = {
     "fma": "fma, float32 multiply-adds in registers:",
+    "bf16": "bf16, dot products of bf16 in registers:",
     "vnni": "vnni, int8 products in registers:",
     "amx_bf16": "amx_bf16, bf16 tiles in registers:",
     "amx_int8": "amx_int8, int8 tiles in registers:",

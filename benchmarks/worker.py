@@ -123,6 +123,8 @@ def measure_cell(
     for name, one in ready.items():
         figure, peer = figures[name], by_name[name]
         packed = peer.weight1(case)
+        # Its middle: the first pages may be small ones.
+        inside = None if packed is None else packed.data_ptr() + packed.nbytes // 2
         result: dict[str, Any] = {
             "status": "timed" if figure.seconds is not None else "noisy",
             "device": peer.device,
@@ -133,7 +135,7 @@ def measure_cell(
             "error": one.verdict.error,
             "bound_share": one.verdict.share,
             "pack_seconds": one.make_seconds or None,
-            "huge_share": None if packed is None else machine.huge_share(packed.data_ptr() + packed.nbytes // 2),
+            "huge_share": None if inside is None else machine.huge_share(inside),
             "other_numerics": peer.other_numerics,
         }
         if figure.seconds is None:

@@ -41,7 +41,8 @@ def test_a_legal_call_agrees_with_the_reference(mode: str, data: st.DataObject, 
     arrays = call.arrays(seed)
     options = call.reference_options()
     y = run(call, arrays)
-    assert_moe_close(y, kernel=KERNELS[_native.selected_isa()], **arrays, activation=call.activation, **options)
+    kernel = KERNELS[_native.selected_isa()]
+    assert_moe_close(y, kernel=kernel, **arrays, activation=call.activation, **options)
     if mode.startswith("w8a8") and call.activation.lower() == "relu":
         expected = reference.moe(**arrays, activation=call.activation, **options)
         assert np.array_equal(y, expected, equal_nan=True)

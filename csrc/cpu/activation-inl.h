@@ -13,8 +13,7 @@ namespace {
 // interpolating (e^r - 1 - r) / r^2 at the Chebyshev nodes (relative error 2^-26.5).
 inline F32 Exp(F32 x) {
   // Beyond these the result is infinite or 0. Written so that NaN stays.
-  x = x > 89.0f ? Set(89.0f) : x;
-  x = x < -104.0f ? Set(-104.0f) : x;
+  x = Max(Min(x, Set(89.0f)), Set(-104.0f));
   // Adding 1.5 * 2^23 leaves no bits below 1: the sum's low bits are the nearest integer.
   const F32 to_integer = Set(0x1.8p23f);
   const F32 shifted = Fma(x, Set(0x1.715476p+0f), to_integer);  // log2(e)
@@ -28,9 +27,7 @@ inline F32 Exp(F32 x) {
   p = Fma(p, r, Set(1.6666576e-1f));
   p = Fma(p, r, Set(0.5f));
   p = Fma(p * r, r, r) + 1.0f;
-  // 2^n in two factors: n reaches from -150 to 128, an exponent only from -126 to 127.
-  const U32 half = (U32)((I32)n >> 1);
-  return p * FromBits((half + 127) << 23) * FromBits((n - half + 127) << 23);
+  return TimesPowerOf2(p, n_float, n);
 }
 
 inline F32 TimesSigmoid(F32 x, F32 z) { return x / (1.0f + Exp(-z)); }
@@ -40,19 +37,21 @@ inline F32 Gelu(F32 x) {
   return TimesSigmoid(x, x * Fma(x * x, Set(0.0713548162726f), Set(1.5957691216057308f)));
 }
 
-inline F32 Activate(Activation activation, F32 x) {
+// Calls use with the function of an activation, or of a GLU's right half: once for many vectors.
+template <typename Use>
+inline void WithActivation(Activation activation, const Use& use) {
   switch (activation) {
     case Activation::kFastGelu:
-      return TimesSigmoid(x, 1.702f * x);
+      return use([](F32 x) { return TimesSigmoid(x, 1.702f * x); });
     case Activation::kGelu:
     case Activation::kGeGlu:
-      return Gelu(x);
+      return use([](F32 x) { return Gelu(x); });
     case Activation::kSilu:
     case Activation::kSwiGlu:
-      return TimesSigmoid(x, x);
+      return use([](F32 x) { return TimesSigmoid(x, x); });
     case Activation::kRelu:
     case Activation::kReGlu:
-      return x < 0.0f ? F32{} : x;  // NaN stays
+      return use([](F32 x) { return x < 0.0f ? F32{} : x; });  // NaN stays
   }
   __builtin_unreachable();
 }

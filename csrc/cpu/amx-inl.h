@@ -27,8 +27,8 @@ using Multiplication = TileSession;
 
 // kRowTiles x kColumnTiles tiles of c (float32 or int32), at most 2 x 2, += `steps` steps of a and a panel.
 template <bool kInt, int kRowTiles, int kColumnTiles>
-void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, const char* ahead, char* c,
-                   int64_t c_stride) {
+void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, const char* ahead,
+                   char* c, int64_t c_stride) {
   constexpr int64_t kColumnBytes = kTileHeight * 4, kPanelRow = kPackedColumns * 4;
   const auto each = [&](auto use) __attribute__((always_inline)) {
     use(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
@@ -55,8 +55,8 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
   });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T. Up to 15 rows beyond
-// the last are written too.
+// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T. Up to 15 rows
+// beyond the last are written too.
 template <typename T>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
@@ -65,10 +65,11 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;
     for (int64_t r = 0; r < left.rows; r += 2 * kTileHeight) {
-      (left.rows - r > kTileHeight ? MultiplyBlock<kInt, 2, 2> : MultiplyBlock<kInt, 1, 2>)(
-          a + r * kTileRowBytes, a_step, panel, steps,
-          ahead.From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
-          reinterpret_cast<char*>(c + r * stride + n), stride * 4);
+      (left.rows - r > kTileHeight
+           ? MultiplyBlock<kInt, 2, 2>
+           : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
+                                        ahead.From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
+                                        reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
   }
 }

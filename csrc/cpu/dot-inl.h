@@ -18,7 +18,7 @@ constexpr bool kMultipliesBf16 = true;
 constexpr bool kMultipliesBf16 = false;
 #endif
 constexpr bool kReadsNibbles = kMultipliesBf16;  // packed int4 become pairs of bf16 on their way
-constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of float32
+constexpr bool kSplitsFp16 = false;              // three passes are not faster than one of float32
 
 // Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
 constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
@@ -103,9 +103,8 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
   using Sum = typename DotSums<T, kRows, kVectors>::Sum;
   float* const tile = range.tile + row * range.tile_stride + column;
   DotSums<T, kRows, kVectors> sums(range, row, column);
-  const auto at = [&](int r, int v) __attribute__((always_inline)) {
-    return tile + r * range.tile_stride + v * kLanes;
-  };
+  const auto at = [&](int r, int v)
+                      __attribute__((always_inline)) { return tile + r * range.tile_stride + v * kLanes; };
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { one = Load<Sum>(at(r, v)); });
   sums.AddSteps(range.steps, range.a_step);
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { Store(at(r, v), one); });
@@ -115,8 +114,8 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
 template <typename T>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
-  const DotRange range = {a, left.rows * kTileRowBytes, steps, panels, c, stride,
-                          left.rows > kDotRows ? ahead : Ahead{}};
+  const DotRange range = {
+      a, left.rows * kTileRowBytes, steps, panels, c, stride, left.rows > kDotRows ? ahead : Ahead{}};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
     if constexpr (std::is_same_v<T, int8_t> || kMultipliesBf16) DotTile<T, rows, vectors>(range, row, column);
   });
@@ -127,22 +126,21 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
 struct Groups {
   const BFloat* offset;
   const BFloat* scale;
-  int64_t N;           // from one group to the next
-  int64_t rows;        // of a group
-  int64_t columns;     // of the task
+  int64_t N;              // from one group to the next
+  int64_t rows;           // of a group
+  int64_t columns;        // of the task
   const float* row_sums;  // of the left operand: by piece and row, kFewRows a piece
 };
 
-// For few rows: tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W, as AddScaled
-// has it, without leaving the registers in between.
+// For few rows: tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W, as
+// AddScaled has it, without leaving the registers in between.
 template <int kRows, int kVectors>
 void ScaledTile(const DotRange& range, const Groups& groups, int64_t begin, int64_t end, int64_t column) {
   float* const tile = range.tile + column;
   DotSums<Int4Pair, kRows, kVectors> sums(range, 0, column);
   F32 total[kRows][kVectors];
   const auto each = [&](auto use) __attribute__((always_inline)) {
-    sums.Each([&](F32& one, auto r, auto v)
-                  __attribute__((always_inline)) { use(one, total[r][v], r, v); });
+    sums.Each([&](F32& one, auto r, auto v) __attribute__((always_inline)) { use(one, total[r][v], r, v); });
   };
   each([&](F32&, F32& all, int r, int v)
            __attribute__((always_inline)) { all = Load<F32>(tile + r * range.tile_stride + v * kLanes); });
@@ -167,8 +165,8 @@ void ScaledTile(const DotRange& range, const Groups& groups, int64_t begin, int6
 }
 
 // Few rows times packed or plain int4, for MultiplyNarrowRows.
-inline void MultiplyNibbles(const Product& product, const Segment& segment,
-                            const Columns& columns, float* tile, TaskScratch* scratch) {
+inline void MultiplyNibbles(const Product& product, const Segment& segment, const Columns& columns,
+                            float* tile, TaskScratch* scratch) {
   const LeftRows left(product, segment);
   const Weight& weight = *product.weight;
   const Channels& channels = *product.channels;

@@ -137,25 +137,23 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
     }
   }
   const LeftRows left(wave.second, segment);
-  for (int64_t r = 0; r < segment.rows; ++r) {
-    for (int64_t n = 0; n < columns; n += kLanes) {
-      const auto sums = [&](int half) {
-        const float* const at = tiles[half] + r * stride + n;
-        return Round(steps.first,
-                     Result(steps.quant, at, scratch->bias[half] + n, scratch->deq_scale[half] + n));
-      };
-      F32 value = sums(0);
-      if (steps.glu) {
-        value = value * Activate(problem.activation, sums(1));
-      } else {
-        value = Activate(problem.activation, value);
+  WithActivation(problem.activation, [&](auto activate) {
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      for (int64_t n = 0; n < columns; n += kLanes) {
+        const auto sums = [&](int half) {
+          const float* const at = tiles[half] + r * stride + n;
+          return Round(steps.first,
+                       Result(steps.quant, at, scratch->bias[half] + n, scratch->deq_scale[half] + n));
+        };
+        F32 value = sums(0);
+        value = steps.glu ? value * activate(sums(1)) : activate(value);
+        value = Round(steps.hidden, value);
+        if (steps.quant) value = Quantize(value, LoadFloats(scratch->scale + n), offset);
+        left.Put(r, column + n, value);
       }
-      value = Round(steps.hidden, value);
-      if (steps.quant) value = Quantize(value, LoadFloats(scratch->scale + n), offset);
-      left.Put(r, column + n, value);
+      if (column + columns == hidden) left.ZeroBeyondK(r);
     }
-    if (column + columns == hidden) left.ZeroBeyondK(r);
-  }
+  });
 }
 
 // Rounds and stores `count` of kLanes results. There is one NaN: which operand's bits survive an addition

@@ -18,8 +18,8 @@ inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
 
 // Columns of a panel of a packed weight (packed.h).
 inline constexpr int64_t kPackedColumns = 32;
-// Rows of int4 that stand in one word, and which nibble of it is that of row k % 8: even rows in the low half,
-// odd ones in the high half, so that neighbours are a pair of 16 bits each.
+// Rows of int4 that stand in one word, and which nibble of it is that of row k % 8: even rows in the low
+// half, odd ones in the high half, so that neighbours are a pair of 16 bits each.
 inline constexpr int64_t kNibbles = 8;
 constexpr int64_t NibbleOf(int64_t k) { return k % 8 / 2 + k % 2 * 4; }
 

@@ -24,8 +24,8 @@ enum class Sums {
   kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
 };
 
-// What will be read after the panels that are being multiplied: for each of these `bytes` bytes, `stride` from
-// those of the next panel. Its lines are asked for little by little, into the second-level cache.
+// What will be read after the panels that are being multiplied: for each of these `bytes` bytes, `stride`
+// from those of the next panel. Its lines are asked for little by little, into the second-level cache.
 struct Ahead {
   const char* data;
   int64_t stride, bytes;
@@ -36,8 +36,8 @@ struct Ahead {
     return at + kLinesEach * 64;
   }
 
-  // Where tile `tile` of the panel of `column` begins to ask, so many times. A tile that has nothing to ask for
-  // asks for `own`, which it reads itself.
+  // Where tile `tile` of the panel of `column` begins to ask, so many times. A tile that has nothing to ask
+  // for asks for `own`, which it reads itself.
   const char* From(int64_t column, int64_t tile, int64_t times, const char* own) const {
     const int64_t begin = tile * times * kLinesEach * 64;
     return begin < bytes ? data + column / kPackedColumns * stride + begin : own;
@@ -61,8 +61,8 @@ struct Range {
   Ahead ahead;
 };
 
-// kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are unrolled
-// by hand: GCC else leaves the sums in memory.
+// kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are
+// unrolled by hand: GCC else leaves the sums in memory.
 template <typename T, Sums kSums, int kRows, int kVectors>
 void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
@@ -108,23 +108,22 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) { elements[v] = element(v); });
         Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
           const F32 one = x(r);
-          Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-            sum[r][v] = Fma(one, elements[v], sum[r][v]);
-          });
+          Unrolled<kVectors>(
+              [&](auto v) __attribute__((always_inline)) { sum[r][v] = Fma(one, elements[v], sum[r][v]); });
         });
       } else {
         F32 xs[kRows];
         Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { xs[r] = x(r); });
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
           const F32 one = element(v);
-          Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-            sum[r][v] = Fma(xs[r], one, sum[r][v]);
-          });
+          Unrolled<kRows>([&](auto r)
+                              __attribute__((always_inline)) { sum[r][v] = Fma(xs[r], one, sum[r][v]); });
         });
       }
     });
   };
-  const char* ahead = range.ahead.From(column, row / kRows, (range.end - range.begin) / (kGroup * kAskEvery), panels[0]);
+  const char* ahead =
+      range.ahead.From(column, row / kRows, (range.end - range.begin) / (kGroup * kAskEvery), panels[0]);
   int64_t k = range.begin / kGroup * kGroup;
   if (k < range.begin) {
     const int64_t left = range.end - k;
@@ -158,8 +157,8 @@ template <int kRows>
 constexpr int kWide = kRows <= (kRegisters == 32 ? 4 : 2) ? 4 : 2;
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
-// Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while the
-// rows go by.
+// Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while
+// the rows go by.
 template <int kRows, typename Use>
 inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
   constexpr std::integral_constant<int, kRows> kHeight;
@@ -170,7 +169,8 @@ inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
   }
   if constexpr (kVectors > 2) {
     for (; n < columns; n += 2 * kLanes) {
-      for (int64_t row = begin; row < end; row += kRows) use(kHeight, std::integral_constant<int, 2>(), row, n);
+      for (int64_t row = begin; row < end; row += kRows)
+        use(kHeight, std::integral_constant<int, 2>(), row, n);
     }
   }
 }
@@ -215,10 +215,11 @@ inline float SumOfRow(const LeftRows& left, int64_t row, int64_t begin, int64_t 
   return SumOf(scratch->row, end - begin);
 }
 
-// Rows of W that belong to one group and to one block of kKBlock: the last one + 1 of those from `begin`, before
-// `end`.
+// Rows of W that belong to one group and to one block of kKBlock: the last one + 1 of those from `begin`,
+// before `end`.
 inline int64_t PieceEnd(int64_t begin, int64_t end, int64_t group_rows) {
-  const int64_t group_end = (begin / group_rows + 1) * group_rows, block_end = (begin / kKBlock + 1) * kKBlock;
+  const int64_t group_end = (begin / group_rows + 1) * group_rows,
+                block_end = (begin / kKBlock + 1) * kKBlock;
   const int64_t piece_end = group_end < block_end ? group_end : block_end;
   return piece_end < end ? piece_end : end;
 }
@@ -298,8 +299,12 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
                       {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
       const bool last = n + width >= columns.columns;
-      if (rows > kManyRows) range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
-                               last ? -n : expanded ? width : kPackedColumns, block_rows);
+      if (rows > kManyRows)
+        range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
+                                 last       ? -n
+                                 : expanded ? width
+                                            : kPackedColumns,
+                                 block_rows);
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
         const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;

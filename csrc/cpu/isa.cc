@@ -23,8 +23,8 @@ namespace {
 
 constexpr const Kernels* kKernels[] = {
 #if defined(__x86_64__)
-    &kAmxKernels,      &kAvx512Bf16Kernels, &kAvx512VnniKernels, &kAvx512Kernels,
-    &kAvx2VnniKernels, &kAvx2Kernels,
+    &kAmxKernels,     &kAvx512Bf16Kernels, &kAvx512VnniKernels,
+    &kAvx512Kernels,  &kAvx2VnniKernels,   &kAvx2Kernels,
 #elif defined(__aarch64__)
     &kNeonKernels,
 #endif

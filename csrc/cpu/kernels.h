@@ -97,7 +97,7 @@ struct alignas(64) TaskScratch {
   float antiquant_offset[kMaxColumns];
   float antiquant_scale[kMaxColumns];
   float sums[kKBlock / 32 * kMaxRows];  // of the left operand: by row, for each group of a block
-  float row[kKBlock];    // of the left operand as float32
+  float row[kKBlock];                   // of the left operand as float32
 };
 
 // Tokens whose experts' results are summed: slot s of token t is row t * top_k + s of `results`, and counts

@@ -11,10 +11,14 @@ namespace {
 
 constexpr int64_t kTileRowBytes = 64;
 
-// Columns of a block, which is one tile's 64 bytes or kKBlock floats.
-constexpr int64_t BlockColumns(Left left) {
-  return left == Left::kFloat ? kKBlock : left == Left::kInt8 ? 64 : 32;
+// Columns of a block, which is one tile's 64 bytes or kKBlock floats; by their logarithm, since nobody should
+// divide for each vector.
+constexpr int kLogKBlock = 8;
+static_assert(kKBlock == 1 << kLogKBlock, "kLogKBlock is the logarithm of kKBlock");
+constexpr int LogBlockColumns(Left left) {
+  return left == Left::kFloat ? kLogKBlock : left == Left::kInt8 ? 6 : 5;
 }
+constexpr int64_t BlockColumns(Left left) { return int64_t{1} << LogBlockColumns(left); }
 
 // A segment's part of a product's left operand.
 struct LeftRows {
@@ -34,8 +38,8 @@ struct LeftRows {
   int64_t ItemBytes() const { return left == Left::kFloat ? 4 : left == Left::kInt8 ? 1 : 2; }
 
   char* At(int64_t row, int64_t k) const {
-    const int64_t columns = BlockColumns(left);
-    return data + ((k / columns * rows + row) * columns + k % columns) * ItemBytes();
+    const int log = LogBlockColumns(left);
+    return data + ((((k >> log) * rows + row) << log) + (k & (BlockColumns(left) - 1))) * ItemBytes();
   }
 
   // kLanes columns from k, a multiple of kLanes. What they are rounded to, `left` holds exactly.

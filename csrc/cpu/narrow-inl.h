@@ -25,9 +25,9 @@
 namespace ffn::cpu {
 namespace {
 
-// Expanding a panel, or several passes, must pay: so many rows of an expert take fp16 through bf16, or integer
-// weights that were scaled and rounded. Fewer convert on the way, and scale sums. It is the one place where a
-// row's bits depend on how many an expert has. Tiles have 16 rows; the others were measured (Zen 4).
+// Expanding a panel, or several passes, must pay: so many rows of an expert take fp16 through bf16, or
+// integer weights that were scaled and rounded. Fewer convert on the way, and scale sums. It is the one place
+// where a row's bits depend on how many an expert has. Tiles have 16 rows; the others were measured (Zen 4).
 int64_t FewestRows(DType weight) {
   if (!kReadsNibbles) return 16;
   return weight == DType::kInt4 ? 32 : 8;
@@ -73,7 +73,8 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
   const int64_t filled = (end + 31) / 32 * 32;
   for (int64_t n = 0; n < columns; n += kLanes) {
     const int64_t at = n / kPackedColumns * panel_bytes + n % kPackedColumns * 4;
-    const F32 offset = Load<F32>(scratch.antiquant_offset + n), scale = Load<F32>(scratch.antiquant_scale + n);
+    const F32 offset = Load<F32>(scratch.antiquant_offset + n),
+              scale = Load<F32>(scratch.antiquant_scale + n);
     for (int64_t k = begin; k < filled; k += kRows) {
       F32 w[kRows];
       Unrolled<kRows / Layout::kGroup>([&](auto g) {
@@ -145,8 +146,8 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
   const int64_t group_rows = antiquant ? product.K / product.channels->G : product.K;
-  // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says how
-  // long its blocks are, and all of the task's columns stand side by side.
+  // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says
+  // how long its blocks are, and all of the task's columns stand side by side.
   const bool in_place = weight.packed && (as_it_is || reads_nibbles);
   const int64_t cached = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
   const int64_t depth = in_place && as_it_is && cached > kKBlock ? cached / kKBlock * kKBlock : kKBlock;
@@ -166,10 +167,14 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       char* const high = reinterpret_cast<char*>(scratch->panel);
       char* const rest = high + sizeof(scratch->panel) / 2;
       const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
-      // After these panels the ones beside them are read, and after the last of the task those below the first.
+      // After these panels the ones beside them are read, and after the last of the task those below the
+      // first.
       const bool last = n + width >= columns.columns;
-      const Ahead ahead = 
-          AheadOf<T>(weight, panels, last ? depth : 0, last ? -n : in_place ? kPackedColumns : width, rows);
+      const Ahead ahead = AheadOf<T>(weight, panels, last ? depth : 0,
+                                     last       ? -n
+                                     : in_place ? kPackedColumns
+                                                : width,
+                                     rows);
       const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end, float* to,
                                 int64_t to_stride) {
         MultiplyPlane<Element>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
@@ -195,8 +200,8 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
           if (reads_nibbles) {
-            MultiplyPlane<T>(group_a, left, {panels.At<T>(begin, 0), panels.bytes}, (end - begin + step - 1) / step,
-                             strip.columns, ahead, sums, sums_stride);
+            MultiplyPlane<T>(group_a, left, {panels.At<T>(begin, 0), panels.bytes},
+                             (end - begin + step - 1) / step, strip.columns, ahead, sums, sums_stride);
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
@@ -205,7 +210,8 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
               multiply(group_a + left.PlaneBytes(), high, begin, end, sums, sums_stride);
             }
           }
-          AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride, *scratch);
+          AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
+                    *scratch);
         }
         if (!scales_sums) multiply(a, high, 0, rows, to, stride);
       } else if constexpr (std::is_same_v<T, Half>) {

@@ -61,8 +61,8 @@ struct Int4Pair {
 template <typename T>
 constexpr int kPerItem = std::is_same_v<T, Int4Pair> ? 2 : 1;
 
-// How far ahead of its reading a panel is asked for: 1 KB was measured best on Intel's CPUs, and nothing at all
-// on AMD's (Zen 4: 58 GB/s without, 54 with), whose own prefetchers are what avx512_bf16 relies on.
+// How far ahead of its reading a panel is asked for: 1 KB was measured best on Intel's CPUs, and nothing at
+// all on AMD's (Zen 4: 58 GB/s without, 54 with), whose own prefetchers are what avx512_bf16 relies on.
 #if defined(FFN_AVX512) && defined(__AVX512BF16__)
 constexpr int64_t kPrefetchBytes = 0;
 #else
@@ -96,10 +96,36 @@ inline void Store(void* p, V v) {
 }
 
 inline F32 Set(float x) { return x - F32{}; }
+// Of NaN and a number, NaN.
+inline F32 Min(F32 x, F32 most) {
+#if defined(FFN_AVX512)
+  return (F32)_mm512_maskz_min_ps(kAllLanes, (__m512)most, (__m512)x);
+#else
+  return x > most ? most : x;
+#endif
+}
+inline F32 Max(F32 x, F32 least) {
+#if defined(FFN_AVX512)
+  return (F32)_mm512_maskz_max_ps(kAllLanes, (__m512)least, (__m512)x);
+#else
+  return x < least ? least : x;
+#endif
+}
 inline U32 SetBits(uint32_t x) { return x - U32{}; }
 inline U32 Bits(F32 v) { return (U32)v; }
 inline F32 FromBits(U32 v) { return (F32)v; }
 inline F32 IntToFloat(I32 v) { return __builtin_convertvector(v, F32); }
+
+// p 2^n for integers n of -150 to 128, whose bits are those of n_float.
+inline F32 TimesPowerOf2(F32 p, [[maybe_unused]] F32 n_float, [[maybe_unused]] U32 n) {
+#if defined(FFN_AVX512)
+  return (F32)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n_float);
+#else
+  // In two factors: an exponent reaches from -126 to 127 only.
+  const U32 half = (U32)((I32)n >> 1);
+  return p * FromBits((half + 127) << 23) * FromBits((n - half + 127) << 23);
+#endif
+}
 
 // a * b + c, rounded once where the baseline has an instruction for it. x86-64 without AVX2 rounds twice.
 inline F32 Fma(F32 a, F32 b, F32 c) {
@@ -315,8 +341,8 @@ inline void Transpose(F32* a) {
 // products of bf16 take them for that.
 inline U32 PairOfBf16(F32 low, F32 high) {
 #if defined(FFN_AVX512) && defined(__AVX512BF16__)
-  constexpr uint16_t kInterleave[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                        8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, Load<__m512i>(kInterleave), (__m512i)both);
 #endif
@@ -328,11 +354,12 @@ template <int kPair>
 inline U32 PairOfNibbles(U32 word) {
 #if defined(FFN_AVX512)
   // A permutation of 16-bit elements looks at the five lowest bits of an index; the fifth does not matter.
-  constexpr uint16_t kTable[32] = {
-      0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
-      0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
-      0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
-  return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, (__m512i)(word >> (4 * kPair)), Load<__m512i>(kTable));
+  constexpr uint16_t kTable[32] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                   0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                   0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                   0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+  return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, (__m512i)(word >> (4 * kPair)),
+                                             Load<__m512i>(kTable));
 #else
   return PairOfBf16(SignedNibble<4 * kPair>(word), SignedNibble<4 * kPair + 16>(word));
 #endif
@@ -340,9 +367,9 @@ inline U32 PairOfNibbles(U32 word) {
 
 // Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is defined, and
 // FFN_DOT_BF16 where those of bf16 are too. DotProduct adds to each lane of the sum the products of the
-// elements in that lane of w and x: int32 wraps around, and subnormal bf16 and sums are zeros. MultiplyWord<i>
-// takes word i of a row's kWords for all lanes. Intel's int8 take w as unsigned, so there Weights makes each
-// weight kWordOffset more than it was.
+// elements in that lane of w and x: int32 wraps around, and subnormal bf16 and sums are zeros.
+// MultiplyWord<i> takes word i of a row's kWords for all lanes. Intel's int8 take w as unsigned, so there
+// Weights makes each weight kWordOffset more than it was.
 #if defined(FFN_AVX512) && defined(__AVX512VNNI__)
 #define FFN_DOT 1
 inline I32 DotProduct(I32 sum, U32 w, I32 x) {
