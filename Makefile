@@ -79,7 +79,7 @@ test-aarch64: .venv/ready
 	$(CMAKE) -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DFFN_OPS_WERROR=ON
 	.venv/bin/cmake --build build/aarch64 --target ffn_core opapi kernel_selftest
-	qemu-aarch64 -cpu max build/aarch64/kernel_selftest neon
+	qemu-aarch64 -cpu max build/aarch64/kernel_selftest neon_i8mm
 	qemu-aarch64 -cpu cortex-a53 build/aarch64/kernel_selftest generic
 
 # What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'

@@ -60,6 +60,7 @@ def main() -> None:
     with torch.inference_mode():
         whole = shape.kind == "encoder"
         weights: Any = (encoder.Models if whole else Weights)(shape, job["mode"])
+        slow: dict[str, int] = {}  # rows with which a peer was too slow: with more it would take minutes
         for cell in job["cells"]:
             start = cell["start"]
             if whole:
@@ -68,7 +69,14 @@ def main() -> None:
             else:
                 case = Case(weights, cell["M"], start, cell["routing"])
                 answer = Answer(case)
-            results = measure_cell(case, answer, peers, job["seconds"], enter)
+            able = [peer for peer in peers if slow.get(peer.name, cell["M"]) >= cell["M"]]
+            results = measure_cell(case, answer, able, job["seconds"], enter)
+            for peer in peers:
+                if peer not in able:
+                    reason = f"too slow with {slow[peer.name]} rows already"
+                    results[peer.name] = {"status": "slow", "reason": reason}
+                elif results[peer.name]["status"] == "slow":
+                    slow[peer.name] = min(cell["M"], slow.get(peer.name, cell["M"]))
             facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start == "cold" else 0}
             lines.write(json.dumps({"facts": facts, "results": results}) + "\n")
 

@@ -39,11 +39,13 @@ each_isa = pytest.mark.parametrize(
 )
 # For the bound of each, and by mode how many rows of an expert take another multiplication than fewer.
 KERNELS = {
-    name: Kernel(flushes=name in ("amx", "avx512_bf16"), splits=name == "amx") for name in SUPPORTED_ISAS
+    name: Kernel(flushes=name in ("amx", "avx512_bf16", "neon_i8mm"), splits=name == "amx")
+    for name in SUPPORTED_ISAS
 }
 BOUNDARIES = {
     "amx": dict.fromkeys(("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"), 16),
-    "avx512_bf16": {"w8a16_bf16": 8, "w4a16_bf16": 32},
+    "avx512_bf16": {"w8a16_bf16": 8, "w4a16": 32, "w4a16_bf16": 32},
+    "neon_i8mm": {"w8a16_bf16": 16, "w4a16_bf16": 16},
 }
 BOUNDARY = {name: BOUNDARIES.get(name, {}) for name in SUPPORTED_ISAS}
 _INT4 = np.dtype(ml_dtypes.int4)

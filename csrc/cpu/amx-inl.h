@@ -13,6 +13,7 @@ namespace ffn::cpu {
 namespace {
 
 constexpr bool kMultipliesBf16 = true;
+constexpr bool kMultipliesFp16 = false;
 constexpr bool kSplitsFp16 = true;
 constexpr bool kReadsNibbles = false;
 

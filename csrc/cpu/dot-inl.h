@@ -17,8 +17,24 @@ constexpr bool kMultipliesBf16 = true;
 #else
 constexpr bool kMultipliesBf16 = false;
 #endif
-constexpr bool kReadsNibbles = kMultipliesBf16;  // packed int4 become pairs of bf16 on their way
-constexpr bool kSplitsFp16 = false;              // three passes are not faster than one of float32
+#if defined(FFN_DOT_FP16)
+constexpr bool kMultipliesFp16 = true;
+#else
+constexpr bool kMultipliesFp16 = false;
+#endif
+#if defined(FFN_MATRICES)
+constexpr bool kMultipliesMatrices = true;
+#else
+constexpr bool kMultipliesMatrices = false;
+#endif
+constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of float32
+// Packed int4 become pairs of bf16 on their way, where that is one permutation.
+constexpr bool kReadsNibbles = kMultipliesBf16 && kLanes == 16;
+template <typename T>
+constexpr bool kMultiplies = std::is_same_v<T, int8_t>   ? true
+                             : std::is_same_v<T, BFloat> ? kMultipliesBf16
+                             : std::is_same_v<T, Half>   ? kMultipliesFp16
+                                                         : kReadsNibbles;
 
 // Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
 constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
@@ -41,23 +57,31 @@ struct DotRange {
   float* tile;
   int64_t tile_stride;
   Ahead ahead;
+  int64_t plane_bytes = 0;  // from one plane of the left operand to the next
 };
 
 // The sums of kRows rows times kVectors vectors of columns, and where their operands are. Loops over rows and
-// vectors are unrolled by hand: GCC else leaves the sums in memory.
-template <typename T, int kRows, int kVectors>
+// vectors are unrolled by hand: GCC else leaves the sums in memory. kPlanes of the left operand are
+// multiplied by turns.
+template <typename T, int kRows, int kVectors, int kPlanes = 1>
 struct DotSums {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
+  static constexpr bool kHalves = std::is_same_v<T, Half>;
   static constexpr bool kPairsOfNibbles = std::is_same_v<T, Int4Pair>;
+  static constexpr bool kMatrices = kMultipliesMatrices && !kHalves && !kPairsOfNibbles;
+  // Matrices have two rows; the last one of an odd number has zeros beside it.
+  static constexpr int kHeld = kMatrices ? (kRows + 1) / 2 * 2 : kRows;
 
-  Sum sum[kRows][kVectors];
+  Sum sum[kHeld][kVectors];
   const char* panels[kVectors];
   const char* a;
+  const int64_t plane_bytes;
   const char* ahead;
 
   // At the first step of panels of `column`.
   inline __attribute__((always_inline)) DotSums(const DotRange& range, int64_t row, int64_t column)
       : a(range.a + row * kTileRowBytes),
+        plane_bytes(range.plane_bytes),
         ahead(range.ahead.From(column, row / kRows, range.steps * (kStepWords / kWords),
                                range.panels.At<T>(0, column))) {
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
@@ -73,59 +97,135 @@ struct DotSums {
     });
   }
 
+  // Between rows of sums and matrices of them; either way it is the same exchange.
+  inline __attribute__((always_inline)) void ExchangePairs() {
+    if constexpr (kMatrices) {
+#if defined(FFN_MATRICES)
+      Unrolled<kHeld / 2>([&](auto p) __attribute__((always_inline)) {
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          const Sum upper = sum[2 * p][v], lower = sum[2 * p + 1][v];
+          sum[2 * p][v] = PairsOf<0>(upper, lower);
+          sum[2 * p + 1][v] = PairsOf<1>(upper, lower);
+        });
+      });
+#endif
+    }
+  }
+
   inline __attribute__((always_inline)) void AddSteps(int64_t steps, int64_t a_step) {
     for (int64_t s = 0; s < steps; ++s, a += a_step) {
       for (int64_t word = 0; word < kStepWords; word += kWords) {
         ahead = Ahead::Ask(ahead);
-        Words x[kRows];
-        Unrolled<kRows>([&](auto r) { x[r] = LoadWords(a + r * kTileRowBytes + word * 4); });
-        U32 stored[kVectors];
-        Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
-          U32 w[kVectors];
-          Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-            if (!kPairsOfNibbles || i == 0) {
-              stored[v] = Load<U32>(panels[v]);
-              if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
-              panels[v] += kPackedColumns * 4;
-            }
-            w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
-          });
-          Each([&](Sum& one, auto r, auto v)
-                   __attribute__((always_inline)) { one = MultiplyWord<i>(one, w[v], x[r]); });
+        Words x[kPlanes][kHeld];
+        Unrolled<kPlanes>([&](auto p) {
+          const char* const plane = a + p * plane_bytes + word * 4;
+          Unrolled<kHeld>(
+              [&](auto r) { x[p][r] = r < kRows ? LoadWords(plane + r * kTileRowBytes) : Words{}; });
         });
+        AddWords(x);
       }
+    }
+  }
+
+ private:
+  // kWords words of each row, by what the panels have for them.
+  inline __attribute__((always_inline)) void AddWords(const Words (&x)[kPlanes][kHeld]) {
+#if defined(FFN_DOT_FP16)
+    if constexpr (kHalves) {
+      Unrolled<2 * kWords>([&](auto i) __attribute__((always_inline)) {
+        AskFor(panels[0]);
+        Unrolled<kVectors / 2>([&](auto j) __attribute__((always_inline)) {
+          const auto w = Load<Halves>(panels[0] + j * sizeof(Halves));
+          Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            sum[r][2 * j] = MultiplyHalf<i, false>(sum[r][2 * j], w, x[0][r]);
+            sum[r][2 * j + 1] = MultiplyHalf<i, true>(sum[r][2 * j + 1], w, x[0][r]);
+          });
+        });
+        panels[0] += kPackedColumns * 2;
+      });
+      return;
+    }
+#endif
+#if defined(FFN_MATRICES)
+    if constexpr (kMatrices) {
+      Unrolled<kWords / 2>([&](auto i) __attribute__((always_inline)) {
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          const U32 upper = Load<U32>(panels[v]), lower = Load<U32>(panels[v] + kPackedColumns * 4);
+          if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
+          panels[v] += 2 * kPackedColumns * 4;
+          const U32 left = WordsByTurns<0>(upper, lower), right = WordsByTurns<1>(upper, lower);
+          Unrolled<kHeld / 2>([&](auto p) __attribute__((always_inline)) {
+            const U32 rows = PairsOf<i>((U32)x[0][2 * p], (U32)x[0][2 * p + 1]);
+            sum[2 * p][v] = MultiplyMatrices(sum[2 * p][v], rows, left);
+            sum[2 * p + 1][v] = MultiplyMatrices(sum[2 * p + 1][v], rows, right);
+          });
+        });
+      });
+      return;
+    }
+#endif
+    if constexpr (!kHalves && !kMatrices) {
+      U32 stored[kVectors];
+      Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
+        U32 w[kVectors];
+        Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          if (!kPairsOfNibbles || i == 0) {
+            stored[v] = Load<U32>(panels[v]);
+            if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
+            panels[v] += kPackedColumns * 4;
+          }
+          w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
+        });
+        Unrolled<kPlanes>([&](auto p) __attribute__((always_inline)) {
+          Each([&](Sum& one, auto r, auto v)
+                   __attribute__((always_inline)) { one = MultiplyWord<i>(one, w[v], x[p][r]); });
+        });
+      });
     }
   }
 };
 
-template <typename T, int kRows, int kVectors>
+template <typename T, int kRows, int kVectors, int kPlanes>
 void DotTile(const DotRange& range, int64_t row, int64_t column) {
-  using Sum = typename DotSums<T, kRows, kVectors>::Sum;
+  using DotSums = DotSums<T, kRows, kVectors, kPlanes>;
+  using Sum = typename DotSums::Sum;
   float* const tile = range.tile + row * range.tile_stride + column;
-  DotSums<T, kRows, kVectors> sums(range, row, column);
+  DotSums sums(range, row, column);
   const auto at = [&](int r, int v)
                       __attribute__((always_inline)) { return tile + r * range.tile_stride + v * kLanes; };
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { one = Load<Sum>(at(r, v)); });
+  if constexpr (DotSums::kHeld > kRows) {
+    Unrolled<kVectors>([&](auto v) { sums.sum[kRows][v] = Sum{}; });
+  }
+  sums.ExchangePairs();
   sums.AddSteps(range.steps, range.a_step);
+  sums.ExchangePairs();
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { Store(at(r, v), one); });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T.
-template <typename T>
+// c[left.rows][stride] += `steps` steps of a plane of the left operand, or of kPlanes, times panels of T.
+template <typename T, int kPlanes = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
-  const DotRange range = {
-      a, left.rows * kTileRowBytes, steps, panels, c, stride, left.rows > kDotRows ? ahead : Ahead{}};
+  const DotRange range = {a,
+                          left.rows * kTileRowBytes,
+                          steps,
+                          panels,
+                          c,
+                          stride,
+                          left.rows > kDotRows ? ahead : Ahead{},
+                          left.PlaneBytes()};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    if constexpr (std::is_same_v<T, int8_t> || kMultipliesBf16) DotTile<T, rows, vectors>(range, row, column);
+    if constexpr (kMultiplies<T>) DotTile<T, rows, vectors, kPlanes>(range, row, column);
   });
 }
 
-#if defined(FFN_DOT_BF16)
-// The groups of integer weights beside bf16, from the first column of a task.
+#if defined(FFN_DOT_BF16) && defined(FFN_AVX512)
+// The groups of integer weights beside x of T, from the first column of a task.
+template <typename T>
 struct Groups {
-  const BFloat* offset;
-  const BFloat* scale;
+  const T* offset;
+  const T* scale;
   int64_t N;              // from one group to the next
   int64_t rows;           // of a group
   int64_t columns;        // of the task
@@ -134,10 +234,10 @@ struct Groups {
 
 // For few rows: tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W, as
 // AddScaled has it, without leaving the registers in between.
-template <int kRows, int kVectors>
-void ScaledTile(const DotRange& range, const Groups& groups, int64_t begin, int64_t end, int64_t column) {
+template <typename T, int kRows, int kVectors>
+void ScaledTile(const DotRange& range, const Groups<T>& groups, int64_t begin, int64_t end, int64_t column) {
   float* const tile = range.tile + column;
-  DotSums<Int4Pair, kRows, kVectors> sums(range, 0, column);
+  DotSums<Int4Pair, kRows, kVectors, std::is_same_v<T, Half> ? 2 : 1> sums(range, 0, column);
   F32 total[kRows][kVectors];
   const auto each = [&](auto use) __attribute__((always_inline)) {
     sums.Each([&](F32& one, auto r, auto v) __attribute__((always_inline)) { use(one, total[r][v], r, v); });
@@ -164,9 +264,10 @@ void ScaledTile(const DotRange& range, const Groups& groups, int64_t begin, int6
            __attribute__((always_inline)) { Store(tile + r * range.tile_stride + v * kLanes, all); });
 }
 
-// Few rows times packed or plain int4, for MultiplyNarrowRows.
-inline void MultiplyNibbles(const Product& product, const Segment& segment, const Columns& columns,
-                            float* tile, TaskScratch* scratch) {
+// Few rows of T times packed or plain int4, for MultiplyNarrowRows.
+template <typename T>
+void MultiplyNibbles(const Product& product, const Segment& segment, const Columns& columns, float* tile,
+                     TaskScratch* scratch) {
   const LeftRows left(product, segment);
   const Weight& weight = *product.weight;
   const Channels& channels = *product.channels;
@@ -189,22 +290,23 @@ inline void MultiplyNibbles(const Product& product, const Segment& segment, cons
       const Panels panels =
           PanelsOf<Int4Pair>(weight, DType::kInt4, product.K,
                              {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
-      const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {}};
-      const Groups groups = {static_cast<const BFloat*>(channels.antiquant_offset) + index + n,
-                             static_cast<const BFloat*>(channels.antiquant_scale) + index + n,
-                             product.N,
-                             group_rows,
-                             strip,
-                             scratch->sums};
+      const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {},
+                              left.PlaneBytes()};
+      const Groups<T> groups = {static_cast<const T*>(channels.antiquant_offset) + index + n,
+                                static_cast<const T*>(channels.antiquant_scale) + index + n,
+                                product.N,
+                                group_rows,
+                                strip,
+                                scratch->sums};
       const int64_t panel_columns = (strip + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
       Unrolled<kFewRows>([&](auto i) {
         if (left.rows != i + 1) return;
         constexpr int kVectors = i == 0 ? 8 : i == 1 ? 4 : 2;  // there are twice as many sums as in a DotTile
         int64_t c = 0;
         for (; c + kVectors * kLanes <= panel_columns; c += kVectors * kLanes) {
-          ScaledTile<i + 1, kVectors>(range, groups, block, end, c);
+          ScaledTile<T, i + 1, kVectors>(range, groups, block, end, c);
         }
-        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<i + 1, 2>(range, groups, block, end, c);
+        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<T, i + 1, 2>(range, groups, block, end, c);
       });
     }
   }

@@ -26,6 +26,8 @@ constexpr const Kernels* kKernels[] = {
     &kAmxKernels,     &kAvx512Bf16Kernels, &kAvx512VnniKernels,
     &kAvx512Kernels,  &kAvx2VnniKernels,   &kAvx2Kernels,
 #elif defined(__aarch64__)
+    &kNeonI8mmKernels,
+    &kNeonFhmKernels,
     &kNeonKernels,
 #endif
     &kGenericKernels,
@@ -51,7 +53,13 @@ bool Supported(const Kernels& kernels) {
   if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
 #elif defined(__aarch64__)
   // Armv8.2-A, which it is compiled for, has no bit of its own; every CPU with dot products is one.
-  if (&kernels == &kNeonKernels) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  const unsigned long has = getauxval(AT_HWCAP), has2 = getauxval(AT_HWCAP2);
+  const auto all = [](unsigned long has, unsigned long bits) { return (has & bits) == bits; };
+  const bool neon = all(has, HWCAP_ASIMDDP),
+             fhm = neon && all(has, HWCAP_FPHP | HWCAP_ASIMDHP | HWCAP_ASIMDFHM);
+  if (&kernels == &kNeonKernels) return neon;
+  if (&kernels == &kNeonFhmKernels) return fhm;
+  if (&kernels == &kNeonI8mmKernels) return fhm && all(has2, HWCAP2_BF16 | HWCAP2_I8MM);
 #endif
   return &kernels == &kGenericKernels;
 }

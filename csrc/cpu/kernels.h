@@ -47,8 +47,9 @@ struct Steps {
 
 // How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64
 // bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8, which
-// dot products (dot-inl.h) take as well as bf16. kBf16Exact is bf16 beside integer weights that stay exact.
-enum class Left : uint8_t { kFloat, kBf16, kBf16Exact, kSplit, kInt8 };
+// dot products (dot-inl.h) take as well as bf16 and fp16. kBf16Exact is bf16 beside integer weights that stay
+// exact.
+enum class Left : uint8_t { kFloat, kFp16, kBf16, kBf16Exact, kSplit, kInt8 };
 
 // Floats between the rows of a left operand's segments, enough for each way of storing them.
 constexpr int64_t LeftStride(int64_t K) { return (K + kKBlock - 1) / kKBlock * kKBlock; }
@@ -127,7 +128,9 @@ struct Kernels {
 };
 
 extern const Kernels kGenericKernels;
-extern const Kernels kNeonKernels;  // aarch64 only
+extern const Kernels kNeonKernels;  // aarch64 only, as the next
+extern const Kernels kNeonFhmKernels;
+extern const Kernels kNeonI8mmKernels;
 extern const Kernels kAvx2Kernels;  // x86-64 only, as the next
 extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;

@@ -47,6 +47,7 @@ struct LeftRows {
     char* const at = At(row, k);
     if (left == Left::kFloat) return Store(at, value);
     if (left == Left::kBf16 || left == Left::kBf16Exact) return StoreAs(reinterpret_cast<BFloat*>(at), value);
+    if (left == Left::kFp16) return StoreAs(reinterpret_cast<Half*>(at), value);
     if (left == Left::kInt8) {
       return Store(at, __builtin_convertvector(__builtin_convertvector(value, I32), I8));
     }
@@ -62,6 +63,8 @@ struct LeftRows {
     switch (left) {
       case Left::kFloat:
         return Load<F32>(at);
+      case Left::kFp16:
+        return LoadFloats(reinterpret_cast<const Half*>(at));
       case Left::kBf16:
       case Left::kBf16Exact:
         return LoadFloats(reinterpret_cast<const BFloat*>(at));

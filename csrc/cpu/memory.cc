@@ -31,17 +31,24 @@ struct Piece {
 
 thread_local Piece kept[2];  // by Scratch::Use
 
-}  // namespace
+// madvise's numbers on Linux, some of which its older headers lack. Where the system refuses, pages stay
+// small and everything else as it is.
+constexpr int kMadviseHugePage = 14, kMadviseCollapse = 25;
 
-void AskForHugePages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+void Advise([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes, [[maybe_unused]] int advice) {
 #if defined(__linux__)
   const auto address = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
-  // Where the kernel refuses, the pages stay small and everything else as it is.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
 }
+
+}  // namespace
+
+void AskForHugePages(void* memory, size_t bytes) { Advise(memory, bytes, kMadviseHugePage); }
+
+void CollapseToHugePages(void* memory, size_t bytes) { Advise(memory, bytes, kMadviseCollapse); }
 
 Scratch::Scratch(Use use, size_t bytes) : use_(use), bytes_(bytes), data_(nullptr) {
   Piece& piece = kept[use];

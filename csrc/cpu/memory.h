@@ -9,6 +9,8 @@ namespace ffn::cpu {
 
 // Asks for 2 MB pages, best effort: nothing should have touched the memory yet.
 void AskForHugePages(void* memory, size_t bytes);
+// Moves memory that is in use already onto 2 MB pages, best effort (Linux 6.1).
+void CollapseToHugePages(void* memory, size_t bytes);
 
 // Memory for one call, aligned for every kernel. What is at most kKept stays with the calling thread until
 // the thread ends, one piece for each use; a call inside another one gets memory of its own.

@@ -52,7 +52,10 @@ Left NarrowLeftOf(const Problem& problem, int64_t rows) {
       if (!few) return Left::kBf16;
       return kReadsNibbles && problem.weight_dtype == DType::kInt4 ? Left::kBf16Exact : Left::kFloat;
     case DType::kFloat16:
-      return !kSplitsFp16 || few || !GroupsFitSteps(problem) ? Left::kFloat : Left::kSplit;
+      if (kMultipliesFp16 && problem.weight_dtype == DType::kFloat16) return Left::kFp16;
+      if (!GroupsFitSteps(problem)) return Left::kFloat;
+      if (kReadsNibbles) return few && problem.weight_dtype == DType::kInt4 ? Left::kSplit : Left::kFloat;
+      return kSplitsFp16 && !few ? Left::kSplit : Left::kFloat;
     default:
       return Left::kFloat;
   }
@@ -133,13 +136,16 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
   using Element = BFloat;  // of pairs
   const bool antiquant = kInteger && product.channels->antiquant_scale != nullptr;
-  const bool as_it_is = std::is_same_v<T, BFloat> || (kInteger && !antiquant);
+  constexpr bool kSplit = std::is_same_v<T, Half> && kSplitsFp16;
+  const bool as_it_is =
+      std::is_same_v<T, BFloat> || (std::is_same_v<T, Half> && !kSplit) || (kInteger && !antiquant);
   const LeftRows left(product, segment);
   const bool scales_sums = antiquant && left.left != Left::kBf16;
-  const bool reads_nibbles = kReadsNibbles && left.left == Left::kBf16Exact;
-#if defined(FFN_DOT_BF16)
+  const bool reads_nibbles = kReadsNibbles && std::is_same_v<T, Int4Pair> && scales_sums;
+#if defined(FFN_DOT_BF16) && defined(FFN_AVX512)
   if (reads_nibbles && left.rows <= kFewRows) {
-    return MultiplyNibbles(product, segment, columns, tile, scratch);
+    return (left.left == Left::kSplit ? MultiplyNibbles<Half>
+                                      : MultiplyNibbles<BFloat>)(product, segment, columns, tile, scratch);
   }
 #endif
   const Weight& weight = *product.weight;
@@ -175,8 +181,8 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                                      : in_place ? kPackedColumns
                                                 : width,
                                      rows);
-      const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end, float* to,
-                                int64_t to_stride) {
+      [[maybe_unused]] const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end,
+                                                 float* to, int64_t to_stride) {
         MultiplyPlane<Element>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
                                (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
       };
@@ -199,9 +205,12 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           const int64_t sums_stride = TileStride(strip.columns);
           Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
-          if (reads_nibbles) {
-            MultiplyPlane<T>(group_a, left, {panels.At<T>(begin, 0), panels.bytes},
-                             (end - begin + step - 1) / step, strip.columns, ahead, sums, sums_stride);
+          if constexpr (kReadsNibbles && std::is_same_v<T, Int4Pair>) {
+            (left.left == Left::kSplit ? MultiplyPlane<T, 2>
+                                       : MultiplyPlane<T, 1>)(group_a, left,
+                                                              {panels.At<T>(begin, 0), panels.bytes},
+                                                              (end - begin + step - 1) / step, strip.columns,
+                                                              ahead, sums, sums_stride);
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
@@ -214,13 +223,13 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                     *scratch);
         }
         if (!scales_sums) multiply(a, high, 0, rows, to, stride);
-      } else if constexpr (std::is_same_v<T, Half>) {
+      } else if constexpr (kSplit) {
         ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
         multiply(a, high, 0, rows, to, stride);
         multiply(a + left.PlaneBytes(), high, 0, rows, to, stride);
         multiply(a, rest, 0, rows, to, stride);
       } else {
-        multiply(a, pairs.data, 0, rows, to, stride);
+        MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
       }
     }
   }

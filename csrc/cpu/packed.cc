@@ -27,7 +27,7 @@ Format FormatOf(DType dtype) {
     case DType::kFloat32:
       return {32, 1, 1};
     case DType::kFloat16:
-      return {16, 1, 1};
+      return {16, 1, 32};
     case DType::kBFloat16:
       return {16, 2, 32};
     case DType::kInt8:
@@ -157,6 +157,10 @@ void PackExpert(const PackedHeader& header, const Weight& from, int64_t expert, 
             kernels.pack(from, header.dtype, header.K, {expert, 0, header.K, column, columns}, bytes,
                          to + i * kPanelsPerTask * bytes);
           });
+  // An allocator may have handed out memory that was touched before BeginBlock could ask.
+  if (expert == std::max<int64_t>(header.E, 1) - 1) {
+    CollapseToHugePages(block, static_cast<size_t>(PackedBytes(header)));
+  }
 }
 
 void Unpack(const PackedHeader& header, const void* block, const ParallelFor& parallel, void* to) {

@@ -17,7 +17,7 @@ namespace ffn::cpu {
 // beyond K are zeros. In a panel, as many rows stand together as fit 32 bits, so that the lanes of a vector
 // are columns whatever the dtype is, and pairs and quads are what VNNI, AMX and Arm's dot products multiply:
 //   float32  [K][32]        bfloat16  [K / 2][32][2], K filled up to 32, the depth of an AMX tile
-//   float16  [K][32]        int8      [K / 4][32][4], K filled up to 64, likewise
+//   float16  [K][32], as    int8      [K / 4][32][4], K filled up to 64, likewise
 //                           int4      [K / 8][32] words, row k in nibble NibbleOf(k)
 
 struct PackedHeader {

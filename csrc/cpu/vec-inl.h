@@ -386,6 +386,14 @@ inline I32 DotProduct(I32 sum, U32 w, I32 x) {
   return (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
 }
 #endif
+#if defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && \
+    defined(__ARM_FEATURE_MATMUL_INT8)
+#define FFN_DOT_BF16 1
+#define FFN_MATRICES 1
+#endif
+#if defined(__aarch64__) && defined(__ARM_FEATURE_FP16_FML)
+#define FFN_DOT_FP16 1
+#endif
 #if defined(FFN_AVX512) && defined(__AVX512BF16__)
 #define FFN_DOT_BF16 1
 inline F32 DotProduct(F32 sum, U32 w, I32 x) {
@@ -419,6 +427,40 @@ template <int kWord>
 inline I32 MultiplyWord(I32 sum, U32 w, Words x) {
   return (I32)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)w, x, kWord);
 }
+
+#if defined(FFN_DOT_FP16)
+// Adds element kElement of a row times four halves of w, the first or the last ones, as float32.
+using Halves = uint16_t __attribute__((vector_size(16)));
+template <int kElement, bool kLast>
+inline F32 MultiplyHalf(F32 sum, Halves w, Words x) {
+  const auto acc = (float32x4_t)sum;
+  const auto columns = (float16x8_t)w, row = (float16x8_t)x;
+  return (F32)(kLast ? vfmlalq_laneq_high_f16(acc, columns, row, kElement)
+                     : vfmlalq_laneq_low_f16(acc, columns, row, kElement));
+}
+#endif
+
+#if defined(FFN_MATRICES)
+// Products of matrices: 2 x 2 sums += two rows' pairs of words by two columns' pairs of words, row by row.
+inline I32 MultiplyMatrices(I32 sum, U32 rows, U32 columns) {
+  return (I32)vmmlaq_s32((int32x4_t)sum, (int8x16_t)rows, (int8x16_t)columns);
+}
+inline F32 MultiplyMatrices(F32 sum, U32 rows, U32 columns) {
+  return (F32)vbfmmlaq_f32((float32x4_t)sum, vreinterpretq_bf16_u32((uint32x4_t)rows),
+                           vreinterpretq_bf16_u32((uint32x4_t)columns));
+}
+// The first (kHalf 0) or the last pairs of words of two vectors, one beside the other; and words by turns.
+template <int kHalf, typename V>
+inline V PairsOf(V a, V b) {
+  const auto x = (uint64x2_t)a, y = (uint64x2_t)b;
+  return (V)(kHalf == 0 ? vzip1q_u64(x, y) : vzip2q_u64(x, y));
+}
+template <int kHalf>
+inline U32 WordsByTurns(U32 a, U32 b) {
+  const auto x = (uint32x4_t)a, y = (uint32x4_t)b;
+  return (U32)(kHalf == 0 ? vzip1q_u32(x, y) : vzip2q_u32(x, y));
+}
+#endif
 #endif
 #endif
 
