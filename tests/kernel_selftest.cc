@@ -398,7 +398,7 @@ int main(int count, char** arguments) {
     }
   };
   for (const Mode& mode : kModes) {
-    for (const int64_t rows : {3, 69}) {  // few, and more; halves of 69 have 32
+    for (const int64_t rows : {3, 69}) {  // few, and more; halves of 69 have 32 at least
       for (const int64_t experts : {1, 3}) {
         check(MakeCall(mode, Activation::kRelu, rows, 300, 72, experts, 0));
         check(MakeCall(mode, Activation::kGelu, rows, 72, 260, experts, 0));

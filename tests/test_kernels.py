@@ -329,6 +329,32 @@ def test_neither_caches_nor_workers_change_a_bit(isa, mode, activation):
 
 
 @each_isa
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("mode", ["fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"])
+def test_an_infinite_column_changes_no_bit_of_its_neighbours(isa, mode, rows):
+    """Its sum is computed again, in another way; which columns share its task is chance."""
+    call = make_call(mode, "relu", rows, 272, 640)
+    call["x"] = abs(call["x"])
+    call["weight1" if mode == "fp16" else "antiquant_offset1"][..., 70] = -np.inf  # which relu makes 0
+    whole = native_ffn(**call, isa=isa)
+    assert np.isfinite(whole.astype(np.float32)).all()
+    check(call, isa)
+    for cache_bytes in (1, 1 << 18):
+        for packed in (False, True):
+            y = native_ffn(**call, isa=isa, threads=8, cache_bytes=cache_bytes, packed=packed)
+            assert same_bits(y, whole)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", ["w8a16_bf16", "w4a16_bf16"])
+def test_rows_that_fill_a_group_up_are_no_rows(isa, mode):
+    call = make_call(mode, "relu", 40, 302, 64)
+    call["x"] = abs(call["x"])
+    call["antiquant_offset1"][..., 3] = np.inf  # of the rows beyond K, zeros, it would make NaN
+    check(call, isa)
+
+
+@each_isa
 @pytest.mark.parametrize("mode", MODES)
 def test_experts_are_so_many_dense_calls(isa, mode):
     counts = (0, 1, 0, 270, 5, 17, 0)

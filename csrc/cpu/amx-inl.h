@@ -69,7 +69,8 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
       (left.rows - r > kTileHeight
            ? MultiplyBlock<kInt, 2, 2>
            : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
-                                        ahead.From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
+                                        (left.rows > 2 * kTileHeight ? ahead : Ahead{})
+                                            .From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
                                         reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
   }

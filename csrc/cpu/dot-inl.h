@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What narrow-inl.h multiplies with where there are no tiles: dot products (vec-inl.h) of int8 and, on some
-// CPUs, of bf16, over panels as they are stored. The sums are in registers, int32 or float32.
+// CPUs, of bf16 and fp16, over panels as they are stored. The sums are in registers, int32 or float32.
 #pragma once
 
 #include "cpu/gemm-inl.h"

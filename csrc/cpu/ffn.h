@@ -21,7 +21,7 @@ inline constexpr int64_t kPackedColumns = 32;
 // Rows of int4 that stand in one word, and which nibble of it is that of row k % 8: even rows in the low
 // half, odd ones in the high half, so that neighbours are a pair of 16 bits each.
 inline constexpr int64_t kNibbles = 8;
-constexpr int64_t NibbleOf(int64_t k) { return k % 8 / 2 + k % 2 * 4; }
+__attribute__((always_inline)) constexpr int64_t NibbleOf(int64_t k) { return k % 8 / 2 + k % 2 * 4; }
 
 // A weight matrix of each expert. Plain: element (e, k, n) is at e * expert_stride + k * row_stride + n *
 // col_stride, in elements, from `data`; one of row_stride and col_stride is 1, so that both [K, N] and
@@ -102,7 +102,7 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
-// where that is more) and 784 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
+// where that is more) and 864 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
 // next call.
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel);
 

@@ -30,6 +30,14 @@ struct Ahead {
   const char* data;
   int64_t stride, bytes;
 
+  // What belongs to rows [begin, end) of panels of T.
+  template <typename T>
+  Ahead Part(int64_t begin, int64_t end) const {
+    if (bytes == 0) return {};
+    const int64_t first = begin / Panel<T>::kGroup * kGroupBytes<T>;
+    return {data + first, stride, end / Panel<T>::kGroup * kGroupBytes<T> - first};
+  }
+
   static constexpr int64_t kLinesEach = 2;
   static const char* Ask(const char* at) {
     for (int64_t line = 0; line < kLinesEach; ++line) __builtin_prefetch(at + line * 64, 0, 2);
@@ -298,13 +306,16 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       range.panels =
           PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
                       {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
-      const bool last = n + width >= columns.columns;
-      if (rows > kManyRows)
-        range.ahead = AheadOf<T>(weight, range.panels, last ? depth : 0,
-                                 last       ? -n
-                                 : expanded ? width
-                                            : kPackedColumns,
-                                 block_rows);
+      const bool beside = !expanded || n + width < columns.columns,
+                 more = beside || block + depth < product.K;
+      Ahead ahead = {};
+      if (more && rows > kManyRows) {
+        ahead = AheadOf<T>(weight, range.panels, beside ? 0 : depth,
+                           !expanded ? kPackedColumns
+                           : beside  ? width
+                                     : -n,
+                           block_rows);
+      }
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
         const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
@@ -315,6 +326,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         const int64_t group_end =
             LoadGroup(wave, product, segment.expert, block + range.begin, strip, scratch);
         range.end = group_end - block < block_rows ? group_end - block : block_rows;
+        range.ahead = ahead.Part<T>(range.begin, range.end);
         for (int64_t r = 0; kSums == Sums::kScaled && r < rows; ++r) {
           scratch->sums[r] = SumOf(range.a + r * kKBlock + range.begin, range.end - range.begin);
         }
@@ -348,15 +360,21 @@ inline void Clear(const Wave& wave, const Columns& columns, int64_t rows, float*
   for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes) Store(tile + i, zero);
 }
 
-// Multiplies those rows again, one by one, whose sums have an infinity or a NaN.
+// Multiplies those rows again, one by one, whose sums have an infinity or a NaN, and puts these sums into the
+// place of those: of the others no bit may change, for which columns are neighbours is chance.
 template <typename T, Sums kSums>
 void Repeat(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
             float* tile, TaskScratch* scratch) {
   for (int64_t r = 0; r < segment.rows; ++r) {
     float* const row = tile + r * TileStride(columns.columns);
     if (!Overflowed(row, columns.columns)) continue;
-    Clear(wave, columns, 1, row);
-    MultiplyRows<T, kSums>(wave, product, segment, r, 1, columns, row, scratch);
+    float* const again = scratch->group;
+    Clear(wave, columns, 1, again);
+    MultiplyRows<T, kSums>(wave, product, segment, r, 1, columns, again, scratch);
+    for (int64_t n = 0; n < columns.columns; n += kLanes) {
+      const U32 sums = Load<U32>(row + n);
+      Store(row + n, (sums & kInfBits) == kInfBits ? Load<U32>(again + n) : sums);
+    }
   }
 }
 

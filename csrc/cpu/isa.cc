@@ -14,7 +14,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__)
-#include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
@@ -54,12 +53,14 @@ bool Supported(const Kernels& kernels) {
 #elif defined(__aarch64__)
   // Armv8.2-A, which it is compiled for, has no bit of its own; every CPU with dot products is one.
   const unsigned long has = getauxval(AT_HWCAP), has2 = getauxval(AT_HWCAP2);
+  // The kernel's numbers, some of which older headers lack.
+  constexpr unsigned long kFphp = 1 << 9, kAsimdHp = 1 << 10, kAsimdDp = 1 << 20, kAsimdFhm = 1 << 23;
+  constexpr unsigned long kI8mm = 1 << 13, kBf16 = 1 << 14;  // of has2
   const auto all = [](unsigned long has, unsigned long bits) { return (has & bits) == bits; };
-  const bool neon = all(has, HWCAP_ASIMDDP),
-             fhm = neon && all(has, HWCAP_FPHP | HWCAP_ASIMDHP | HWCAP_ASIMDFHM);
+  const bool neon = all(has, kAsimdDp), fhm = neon && all(has, kFphp | kAsimdHp | kAsimdFhm);
   if (&kernels == &kNeonKernels) return neon;
   if (&kernels == &kNeonFhmKernels) return fhm;
-  if (&kernels == &kNeonI8mmKernels) return fhm && all(has2, HWCAP2_BF16 | HWCAP2_I8MM);
+  if (&kernels == &kNeonI8mmKernels) return fhm && all(has2, kBf16 | kI8mm);
 #endif
   return &kernels == &kGenericKernels;
 }

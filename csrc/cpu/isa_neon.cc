@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels for aarch64 with dot products: Armv8.2-A, the servers' Kunpeng 920 and Neoverse among them;
+// The kernels for aarch64 with dot products: Armv8.2-A, as Neoverse N1;
 // CMakeLists.txt has the flags.
 #include "cpu/ffn-inl.h"
 

@@ -3,7 +3,7 @@
 // FMLAL and dot products; CMakeLists.txt has the flags.
 #include "cpu/ffn-inl.h"
 
-#if !defined(FFN_MATRICES)
+#if !defined(FFN_MATRICES) || !defined(FFN_DOT_FP16)
 #error "isa_neon_i8mm.cc is compiled without its flags"
 #endif
 

@@ -89,9 +89,9 @@ struct Block {
 struct alignas(64) TaskScratch {
   float tile[kTileSize];  // sums [segment rows, columns] as float32 or int32; a GLU's right half is in the
                           // second half
-  float group[kMaxRows * kMinColumns];  // sums of one antiquant group, on tiles
+  float group[kMaxRows * kMinColumns];  // sums of one antiquant group
   float packed[kPanelSize];             // panels of a plain weight, packed for this task
-  float panel[kPanelSize];              // panels as float32
+  float panel[kPanelSize];              // panels as float32, or as pairs of bf16
   float bias[2][kMaxColumns];           // float32 or int32
   float deq_scale[2][kMaxColumns];
   float scale[kMaxColumns];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The multiplication of left operands that are stored narrow (Left in kernels.h): bf16 and int8 as they are;
-// fp16 as the sum of two bf16, which is exact, in passes that leave out the product of both rests. What
-// multiplies is tiles (amx-inl.h) or dot products (dot-inl.h), each for what it is good at; the rest goes
-// through gemm-inl.h. Used by ffn-inl.h.
+// The multiplication of left operands that are stored narrow (Left in kernels.h): bf16, int8 and, on some
+// CPUs, fp16 as they are; else fp16 as the sum of two bf16, which is exact, in passes that leave out the
+// product of both rests. What multiplies is tiles (amx-inl.h) or dot products (dot-inl.h), each for what it
+// is good at; the rest goes through gemm-inl.h. Used by ffn-inl.h.
 //
 // Integer weights beside bf16 become bf16 with their scales, by the contract's own rounding; beside fp16 they
 // become bf16 without them, which is exact, and the sums of each group are scaled.
@@ -27,11 +27,15 @@ namespace {
 
 // Expanding a panel, or several passes, must pay: so many rows of an expert take fp16 through bf16, or
 // integer weights that were scaled and rounded. Fewer convert on the way, and scale sums. It is the one place
-// where a row's bits depend on how many an expert has. Tiles have 16 rows; the others were measured (Zen 4).
-int64_t FewestRows(DType weight) {
+// where a row's bits depend on how many an expert has. 16 is what a tile has; the others were measured (Zen
+// 4).
+constexpr int64_t FewestRows(DType weight) {
   if (!kReadsNibbles) return 16;
   return weight == DType::kInt4 ? 32 : 8;
 }
+static_assert(!kReadsNibbles || (FewestRows(DType::kInt4) + 15) / 16 * 16 * (kMaxColumns + kTilePadding) <=
+                                    kMaxRows * kMinColumns,
+              "a task's sums of a group fit scratch");
 
 bool GroupsFitSteps(const Problem& problem) {
   const auto fits = [](const Channels& channels, int64_t K) {
@@ -86,7 +90,9 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
           const auto vector = Load<typename Layout::Vector>(from.At<T>(row, n));
           Unrolled<Layout::kGroup>([&](auto i) {
             const F32 element = Layout::template Element<i>(vector);
-            w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? (element + offset) * scale : element;
+            // Rows that only fill a group up stay zeros.
+            const F32 scaled = row + i < end ? (element + offset) * scale : F32{};
+            w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? scaled : element;
           });
         } else {
           for (int i = 0; i < Layout::kGroup; ++i) w[g * Layout::kGroup + i] = F32{};
@@ -134,7 +140,6 @@ template <typename T>
 void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment& segment,
                         const Columns& columns, float* tile, TaskScratch* scratch) {
   constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
-  using Element = BFloat;  // of pairs
   const bool antiquant = kInteger && product.channels->antiquant_scale != nullptr;
   constexpr bool kSplit = std::is_same_v<T, Half> && kSplitsFp16;
   const bool as_it_is =
@@ -174,17 +179,21 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       char* const rest = high + sizeof(scratch->panel) / 2;
       const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
       // After these panels the ones beside them are read, and after the last of the task those below the
-      // first.
-      const bool last = n + width >= columns.columns;
-      const Ahead ahead = AheadOf<T>(weight, panels, last ? depth : 0,
-                                     last       ? -n
-                                     : in_place ? kPackedColumns
-                                                : width,
-                                     rows);
+      // first, if there are any.
+      const bool beside = in_place || n + width < columns.columns;
+      Ahead ahead = {};
+      if (beside || block + depth < product.K) {
+        ahead = AheadOf<T>(weight, panels, beside ? 0 : depth,
+                           in_place ? kPackedColumns
+                           : beside ? width
+                                    : -n,
+                           rows);
+      }
+      // Steps of pairs that scratch holds.
       [[maybe_unused]] const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end,
-                                                 float* to, int64_t to_stride) {
-        MultiplyPlane<Element>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
-                               (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
+                                                 const Ahead& ahead, float* to, int64_t to_stride) {
+        MultiplyPlane<BFloat>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
+                              (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
       };
       const char* const a = left.At(0, block);
       float* const to = tile + n;
@@ -205,6 +214,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           const int64_t sums_stride = TileStride(strip.columns);
           Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
+          const Ahead part = ahead.Part<T>(begin, end);
           if constexpr (kReadsNibbles && std::is_same_v<T, Int4Pair>) {
             (left.left == Left::kSplit ? MultiplyPlane<T, 2>
                                        : MultiplyPlane<T, 1>)(group_a, left,
@@ -214,20 +224,20 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
-            multiply(group_a, high, begin, end, sums, sums_stride);
+            multiply(group_a, high, begin, end, part, sums, sums_stride);
             if (left.left == Left::kSplit) {
-              multiply(group_a + left.PlaneBytes(), high, begin, end, sums, sums_stride);
+              multiply(group_a + left.PlaneBytes(), high, begin, end, {}, sums, sums_stride);
             }
           }
           AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
                     *scratch);
         }
-        if (!scales_sums) multiply(a, high, 0, rows, to, stride);
+        if (!scales_sums) multiply(a, high, 0, rows, ahead, to, stride);
       } else if constexpr (kSplit) {
         ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
-        multiply(a, high, 0, rows, to, stride);
-        multiply(a + left.PlaneBytes(), high, 0, rows, to, stride);
-        multiply(a, rest, 0, rows, to, stride);
+        multiply(a, high, 0, rows, ahead, to, stride);
+        multiply(a + left.PlaneBytes(), high, 0, rows, {}, to, stride);
+        multiply(a, rest, 0, rows, {}, to, stride);
       } else {
         MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
       }

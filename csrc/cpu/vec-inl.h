@@ -19,8 +19,7 @@
 namespace ffn::cpu {
 namespace {
 
-// kPanelVectors x kLanes columns times kTileRows rows is the block of sums that the multiplication keeps in
-// registers: 24 of AVX-512's 32, and 12 of the 16 that the others are sure to have.
+// Lanes of a vector, and vector registers, of which gemm-inl.h fills most with sums.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FFN_AVX512 1
 constexpr int kLanes = 16;
@@ -366,7 +365,8 @@ inline U32 PairOfNibbles(U32 word) {
 }
 
 // Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is defined, and
-// FFN_DOT_BF16 where those of bf16 are too. DotProduct adds to each lane of the sum the products of the
+// FFN_DOT_BF16 where those of bf16 are too, with FFN_MATRICES as 2 x 2 at once; FFN_DOT_FP16 where fp16 are
+// multiplied into float32 sums. DotProduct adds to each lane of the sum the products of the
 // elements in that lane of w and x: int32 wraps around, and subnormal bf16 and sums are zeros.
 // MultiplyWord<i> takes word i of a row's kWords for all lanes. Intel's int8 take w as unsigned, so there
 // Weights makes each weight kWordOffset more than it was.
@@ -391,7 +391,8 @@ inline I32 DotProduct(I32 sum, U32 w, I32 x) {
 #define FFN_DOT_BF16 1
 #define FFN_MATRICES 1
 #endif
-#if defined(__aarch64__) && defined(__ARM_FEATURE_FP16_FML)
+// Clang once had another name for it than the standard.
+#if defined(__aarch64__) && (defined(__ARM_FEATURE_FP16_FML) || defined(__ARM_FEATURE_FP16FML))
 #define FFN_DOT_FP16 1
 #endif
 #if defined(FFN_AVX512) && defined(__AVX512BF16__)
