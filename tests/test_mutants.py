@@ -37,8 +37,8 @@ MUTANTS = {
     ),
     "an expert takes the next one's first row": (
         "csrc/cpu/ffn.cc",
-        "std::min(p.row_ends[expert], end) - row;",
-        "std::min(p.row_ends[expert] + 1, end) - row;",
+        "std::min(p.row_ends[expert], end) - row,",
+        "std::min(p.row_ends[expert] + 1, end) - row,",
         "test_every_mode",
     ),
 }
