@@ -90,10 +90,10 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
           const auto vector = Load<typename Layout::Vector>(from.At<T>(row, n));
           Unrolled<Layout::kGroup>([&](auto i) {
             const F32 element = Layout::template Element<i>(vector);
-            // Rows that only fill a group up stay zeros.
-            const F32 scaled = row + i < end ? (element + offset) * scale : F32{};
-            w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? scaled : element;
+            w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? (element + offset) * scale : element;
           });
+          // Rows that only fill a group up stay zeros.
+          for (int64_t i = end - row; i < Layout::kGroup; ++i) w[g * Layout::kGroup + i] = F32{};
         } else {
           for (int i = 0; i < Layout::kGroup; ++i) w[g * Layout::kGroup + i] = F32{};
         }
