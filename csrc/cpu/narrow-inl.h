@@ -220,7 +220,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                                        : MultiplyPlane<T, 1>)(group_a, left,
                                                               {panels.At<T>(begin, 0), panels.bytes},
                                                               (end - begin + step - 1) / step, strip.columns,
-                                                              ahead, sums, sums_stride);
+                                                              part, sums, sums_stride);
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
