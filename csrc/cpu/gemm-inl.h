@@ -281,8 +281,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
-  const bool expanded = kExpands && rows > kFewRows;
-  const bool strips = rows > kFewRows || (antiquant && !weight.packed);
+  // One tile of rows would use an expanded panel once, so it converts on the way.
+  const bool expanded = kExpands && rows > kManyRows;
+  const bool strips = rows > (kExpands ? kManyRows : kFewRows) || (antiquant && !weight.packed);
   const int64_t width = strips && columns.columns > kMinColumns ? kMinColumns : columns.columns;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
   // any case, since a chain ends with the block.
@@ -335,7 +336,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         } else if (expanded || !kExpands) {
           MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
         } else {
-          MultiplyRange<T, kSums, kFewRows>(range, rows, strip.columns);
+          MultiplyRange<T, kSums, kManyRows>(range, rows, strip.columns);
         }
       }
     }
