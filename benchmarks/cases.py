@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ffn_ops import contract, packing
+from ffn_ops.activation import activate
 from ffn_ops.contract import GLU
-from ffn_ops.quantize.static import activate
 
 try:
     import tomllib

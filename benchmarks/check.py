@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Product
+from ffn_ops.activation import GATES, activate
 from ffn_ops.contract import GLU
-from ffn_ops.quantize.static import GATES, activate
 
 ROWS = 6
 COLUMNS = 2048  # of a weight in float64 at a time, so that it never exists whole

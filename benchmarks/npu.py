@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.peers import Call, Peer, biases, only
+from ffn_ops.activation import activate
 from ffn_ops.contract import GLU
-from ffn_ops.quantize.static import activate
 
 DEVICE = "npu:0"
 

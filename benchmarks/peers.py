@@ -15,8 +15,8 @@ from torch import Tensor
 
 import ffn_ops
 from benchmarks.cases import Case, Product
+from ffn_ops.activation import activate
 from ffn_ops.contract import GLU
-from ffn_ops.quantize.static import activate
 
 Call = Callable[[], Tensor]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import vllm
 from benchmarks.cases import Case, Product
 from benchmarks.peers import Call, gate_first, linear_weights, only
-from ffn_ops.quantize.static import activate
+from ffn_ops.activation import activate
 
 AWQ = 0  # the order of int4 in a word that convert_weight_packed_scale_zp is told
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.cases import Case, Product
 from benchmarks.peers import Call, Peer, biases, gate_first, linear_weights, only
 from ffn_ops import packing
-from ffn_ops.quantize.static import activate
+from ffn_ops.activation import activate
 
 INT4_BLOCK = 16  # columns that cpu_gemm_wna16 keeps together
 INT4_PER_WORD = 8

@@ -12,6 +12,7 @@ from ffn_ops import aclnn, packing
 from ffn_ops.contract import ContractError
 from ffn_ops.explain import Explanation, explain
 from ffn_ops.layer import FFN
+from ffn_ops.moe import MoE, load_statistics
 from ffn_ops.op import current_target, ffn, npu_ffn, target
 from ffn_ops.packing import prepack, unpack
 
@@ -20,10 +21,12 @@ __all__ = [
     "FFN",
     "ContractError",
     "Explanation",
+    "MoE",
     "aclnn",
     "current_target",
     "explain",
     "ffn",
+    "load_statistics",
     "npu_ffn",
     "packing",
     "prepack",

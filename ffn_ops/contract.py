@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 GLU = ("geglu", "swiglu", "reglu")
-ACTIVATIONS = ("fastgelu", "gelu", "relu", "silu", *GLU)
+ACTIVATIONS = ("fastgelu", "gelu", "relu", "silu", "gelu_erf", "relu2", *GLU)
+VENDOR_ACTIVATIONS = (*ACTIVATIONS[:4], *GLU)  # aclnnFFNV3's
 ROUTES = ("cpu", "fused")  # the CPU kernels; aclnnFFNV3
 # Target -> the implemented routes that may carry a call there, best first.
 TARGETS = {"cpu": ("cpu",), "ascend910b": ("fused",), "ascend310p": ("fused",)}
@@ -126,7 +127,7 @@ _VALUES["mode"] = tuple(mode.name for mode in MODES)
 # Condition -> (fact, the values it may have).
 CONDITIONS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "glu": ("activation", GLU),
-    "not glu": ("activation", ACTIVATIONS[:4]),
+    "not glu": ("activation", ACTIVATIONS[:-3]),
     "experts": ("experts", (1,)),
     "moe": ("moe", (1,)),
     "per group": ("per_group", (1,)),
@@ -194,7 +195,7 @@ BOTH = "cpu fused"
 # In the order in which they are reported.
 RULES = (
     Rule("activation", BOTH, (), "known_activation", (),
-         f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (gelu is the tanh form, fastgelu x * sigmoid(1.702 x))"),
+         f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (gelu is the tanh form, gelu_erf the exact one, fastgelu x * sigmoid(1.702 x), relu2 relu squared)"),
     Rule("mode", BOTH, (), "known_mode", (),
          f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast x and the weights to one of them)"),
     Rule("moe-on-npu", "fused", (), "one_of", ("moe", 0),
@@ -203,7 +204,9 @@ RULES = (
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
          "mode {mode} does not exist on ascend310p, which has fp16 only (use float16 x and weights)"),
-    Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *ACTIVATIONS[:4]),
+    Rule("activation-on-npu", "fused", (), "one_of", ("activation", *VENDOR_ACTIVATIONS),
+         "activation is {activation}, but aclnnFFNV3 has fastgelu, gelu, relu, silu and their GLUs only (use one of these, or the cpu target)"),
+    Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *VENDOR_ACTIVATIONS[:4]),
          "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use one of these, or a 910B or the CPU for a GLU)"),
     *_operand_rules(),
     Rule("topk_ids-needed", BOTH, ("moe",), "given", ("topk_ids",),

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ffn_ops import contract, quantize
 from ffn_ops.contract import ContractError, Mode, Spec
 from ffn_ops.op import NO_GRADIENT, ffn
-from ffn_ops.packing import is_packed, pack_int4, packed_spec, prepack, unpack
+from ffn_ops.packing import Packable, is_packed, pack_int4
 
 
-class FFN(nn.Module):
+class FFN(Packable):
     """y = act(x W1 + b1) W2 + b2 by torch.ops.ffn.ffn, with x and y of any float dtype.
 
     Its buffers are the operator's tensors, under their names there: weight1 is [K1, N1] and weight2 [K2, K1],
@@ -25,6 +25,7 @@ class FFN(nn.Module):
     `from_linear`, or empty (all zeros) for `load_state_dict`. Inference only.
     """
 
+    packed_names = ("weight1", "weight2")
     # _operands() names the buffers that exist; the others are None and no buffers, for torch.export.
     bias1: Tensor | None
     bias2: Tensor | None
@@ -149,18 +150,6 @@ class FFN(nn.Module):
         y = y.masked_fill(~scaled.isfinite().all(-1, keepdim=True), torch.nan).reshape(x.shape)
         return _NoGradient.apply(y, x) if x.requires_grad and torch.is_grad_enabled() else y
 
-    @torch.no_grad()
-    def pack_(self) -> "FFN":
-        """Prepacks weight1 and weight2 for the CPU, in place and one after the other; returns the module.
-
-        state_dict then holds the packed weights. load_state_dict takes packed and plain ones, packed module
-        or not.
-        """
-        for name in ("weight1", "weight2"):
-            if not is_packed(self.get_buffer(name)):
-                setattr(self, name, prepack(self.get_buffer(name)))
-        return self
-
     def extra_repr(self) -> str:
         parts = [f"K1={self.K1}, K2={self.K2}, activation={self.activation}, mode={self.mode}"]
         if self.group_size is not None:
@@ -181,17 +170,12 @@ class FFN(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        self._match_packing(state_dict, prefix, error_msgs)
         # nn.Module would cast: a deq_scale packed in int64 would become a meaningless bfloat16.
         for name, buffer in self.named_buffers(recurse=False):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, nn.Parameter):  # with assign=True it would become a parameter, not a buffer
                 state_dict[prefix + name] = loaded = loaded.detach()
-            if isinstance(loaded, Tensor) and is_packed(loaded) | is_packed(buffer):
-                try:
-                    state_dict[prefix + name] = loaded = _as_packed_as(buffer, loaded)
-                except ContractError as error:
-                    error_msgs.append(f"{prefix}{name}: {error}")
-                    continue
             if isinstance(loaded, Tensor) and loaded.dtype != buffer.dtype:
                 error_msgs.append(
                     f"{prefix}{name} is {loaded.dtype}, but mode {self.mode} takes {buffer.dtype} "
@@ -221,21 +205,6 @@ def _mode(name: str) -> Mode:
     raise ContractError(
         f"mode is {name!r}, but it must be one of {', '.join(row.name for row in contract.MODES)} (name one)"
     )
-
-
-def _as_packed_as(buffer: Tensor, loaded: Tensor) -> Tensor:
-    """The weight `loaded`, prepacked or not as the module's own is."""
-    if not is_packed(loaded):
-        loaded = prepack(loaded)
-    if not is_packed(buffer):
-        return unpack(loaded)
-    if packed_spec(loaded) != packed_spec(buffer):
-        dtype, shape = packed_spec(buffer)
-        raise ContractError(
-            f"it is no {dtype} weight of shape {list(shape)}, which this FFN has "
-            "(load it into an FFN of the mode and sizes that it was saved from)"
-        )
-    return loaded
 
 
 def _check_group_size(group_size: int, row: Mode, K1: int, K2: int) -> None:

@@ -146,6 +146,7 @@ def _fake_moe(
     *optional: Tensor | None,
     inner_precise: int | None = None,
     output_dtype: torch.dtype | None = None,
+    activate_left: bool = False,
 ) -> Tensor:
     operands = dict(zip(_OPTIONAL[1:], optional, strict=False))
     operands |= {"topk_ids": topk_ids, "topk_weights": topk_weights}
@@ -169,19 +170,108 @@ def _fake_out(
     _check(x, weight1, weight2, activation, operands, inner_precise, output_dtype)
 
 
-NO_GRADIENT = "ffn has no gradient yet (run it under torch.no_grad(), or detach its inputs)"
+NO_GRADIENT = (
+    "ffn has no gradient beside integer or prepacked weights (use plain weights of a float mode, or run it "
+    "under torch.no_grad())"
+)
 
 
-def _no_gradient(context: Any, *gradients: Tensor) -> tuple[None, ...]:
+@torch.library.register_fake("ffn::grouped_mm")
+def _fake_grouped_mm(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+    if is_packed(weight):
+        raise RuntimeError(
+            "weight is prepacked, but then its N is not known while tracing (give grouped_mm a plain weight)"
+        )
+    return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+@torch.library.register_fake("ffn::grouped_outer")
+def _fake_grouped_outer(x: Tensor, grad: Tensor, expert_tokens: Tensor) -> Tensor:
+    return x.new_empty(expert_tokens.shape[0], x.shape[-1], grad.shape[-1])
+
+
+def _no_gradient(grad: Tensor) -> None:
     # torch.compile traces this, where raising would refuse the forward pass too. So it is an assertion, of
     # something false that depends on a gradient, for only that belongs to the backward pass.
-    never = gradients[0].isnan().any() & gradients[0].isfinite().all()
+    never = grad.isnan().any() & grad.isfinite().all()
     torch._assert_async(never, NO_GRADIENT)
-    return (None,) * (4 + len(_OPTIONAL))
 
 
-torch.library.register_autograd("ffn::ffn", _no_gradient)
-torch.library.register_autograd("ffn::moe", lambda *arguments: (*_no_gradient(*arguments), None))
+def _keep(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Any, output: Tensor) -> None:
+    """All inputs and nothing else: the backward pass computes the first product again."""
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.options = dict(keyword_only_inputs)
+
+
+def _kept(ctx: Any) -> list[Any]:
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if tensor else value for value, tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
+
+
+def _differentiable(weight: Tensor) -> bool:
+    return weight.is_floating_point() and not is_packed(weight)
+
+
+def _ffn_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    from ffn_ops.gradient import Block, ffn_gradients
+
+    x, weight1, weight2, activation, expert_tokens, bias1, bias2, *others = _kept(ctx)
+    none = (None,) * len(others)
+    if not _differentiable(weight1):
+        _no_gradient(grad)
+        return (None,) * 7 + none
+    block = Block(weight1, weight2, bias1, bias2, activation.lower())
+    dx, of = ffn_gradients(grad, x, expert_tokens, ctx.options["tokens_index_flag"], block)
+    return (dx, of.weight1, of.weight2, None, None, of.bias1, of.bias2, *none)
+
+
+def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    from ffn_ops.gradient import Block, moe_gradients
+
+    x, topk_ids, topk_weights, weight1, weight2, activation, bias1, bias2, *others = _kept(ctx)
+    none = (None,) * len(others)
+    if not _differentiable(weight1):
+        _no_gradient(grad)
+        return (None,) * 8 + none
+    block = Block(weight1, weight2, bias1, bias2, activation.lower(), ctx.options["activate_left"])
+    dx, dweights, of = moe_gradients(grad, x, topk_ids, topk_weights, block)
+    return (dx, None, dweights, of.weight1, of.weight2, None, of.bias1, of.bias2, *none)
+
+
+def _keep_grouped(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    from ffn_ops.gradient import sums
+
+    x, weight, expert_tokens, bias = ctx.saved_tensors
+    if not _differentiable(weight):
+        _no_gradient(grad)
+        return None, None, None, None
+    return (
+        torch.ops.ffn.grouped_mm(grad, weight.transpose(1, 2), expert_tokens),
+        torch.ops.ffn.grouped_outer(x, grad, expert_tokens),
+        None,
+        None if bias is None else sums(grad, expert_tokens).to(bias.dtype),
+    )
+
+
+def _grouped_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, other, expert_tokens = ctx.saved_tensors
+    return (
+        torch.ops.ffn.grouped_mm(other, grad.transpose(1, 2), expert_tokens),
+        torch.ops.ffn.grouped_mm(x, grad, expert_tokens),
+        None,
+    )
+
+
+torch.library.register_autograd("ffn::ffn", _ffn_backward, setup_context=_keep)
+torch.library.register_autograd("ffn::moe", _moe_backward, setup_context=_keep)
+torch.library.register_autograd("ffn::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped)
+torch.library.register_autograd("ffn::grouped_outer", _grouped_outer_backward, setup_context=_keep_grouped)
 
 # register_autograd refuses operators with an out argument. Like torch's own, this one has no gradient ever.
 _autograd = torch.library.Library("ffn", "IMPL", "Autograd")

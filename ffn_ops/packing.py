@@ -6,9 +6,10 @@ quantize/ and layer.py build on it; users of torch.ops.ffn.ffn call it on their 
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffn_ops.contract import ContractError, Spec
 
@@ -147,3 +148,63 @@ def _check_cpu(name: str, tensor: Tensor) -> None:
             f"{name} is on {tensor.device}, but only the CPU's kernels read packed weights "
             "(move it with .cpu())"
         )
+
+
+_Module = TypeVar("_Module", bound="Packable")
+
+
+class Packable(nn.Module):
+    """A module whose weights `packed_names` can be prepacked for the CPU, which ends their training."""
+
+    packed_names: tuple[str, ...]
+
+    @torch.no_grad()
+    def pack_(self: _Module) -> _Module:
+        """Prepacks the weights in place, one after the other, and returns the module.
+
+        They are buffers then. state_dict holds them packed; load_state_dict takes packed and plain ones,
+        packed module or not.
+        """
+        for name in self.packed_names:
+            weight = getattr(self, name)
+            if weight is None or is_packed(weight):
+                continue
+            packed = prepack(weight.detach())
+            self._parameters.pop(name, None)
+            self.register_buffer(name, packed)
+        return self
+
+    def _match_packing(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """Makes the weights in state_dict prepacked or not, as the module's own are."""
+        for name in self.packed_names:
+            loaded, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(loaded, Tensor) and own is not None and is_packed(loaded) | is_packed(own):
+                try:
+                    state_dict[prefix + name] = _as_packed_as(own, loaded.detach())
+                except ContractError as error:
+                    error_msgs.append(f"{prefix}{name}: {error}")
+                    del state_dict[prefix + name]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        self._match_packing(state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _as_packed_as(own: Tensor, loaded: Tensor) -> Tensor:
+    """The weight `loaded`, prepacked or not as the module's `own` is."""
+    if not is_packed(loaded):
+        loaded = prepack(loaded)
+    if not is_packed(own):
+        return unpack(loaded)
+    if packed_spec(loaded) != packed_spec(own):
+        dtype, shape = packed_spec(own)
+        raise ContractError(
+            f"it is no {dtype} weight of shape {list(shape)}, which this module has "
+            "(load it into a module of the mode and sizes that it was saved from)"
+        )
+    return loaded

@@ -5,6 +5,7 @@ float16 gives the vendor's stepwise float16 evaluation, float32 its float32 one,
 A GLU's entry is what its right half goes through.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,9 @@ def _exp(x: Array) -> Array:
     return np.exp(x.astype(np.float64)).astype(x.dtype)
 
 
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
 def _fastgelu(x: Array) -> Array:
     real = x.dtype.type
     return x / (real(1) + _exp(real(-1.702) * x))
@@ -32,6 +36,16 @@ def _gelu(x: Array) -> Array:
     real = x.dtype.type
     z = real(1.5957691216057308) * (x + real(0.044715) * (x * x * x))
     return x / (real(1) + _exp(-np.abs(z))) * _exp(np.minimum(z, real(0)))
+
+
+def _gelu_erf(x: Array) -> Array:
+    # No vendor describes steps in a narrower dtype, so it is one: the formula in float64, rounded.
+    wide = x.astype(np.float64)
+    return (wide * 0.5 * _erfc(-wide / math.sqrt(2))).astype(x.dtype)
+
+
+def _relu2(x: Array) -> Array:
+    return _relu(x) * _relu(x)
 
 
 def _relu(x: Array) -> Array:
@@ -52,6 +66,8 @@ FORMULAS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
     "relu": _relu,
     "silu": _silu,
+    "gelu_erf": _gelu_erf,
+    "relu2": _relu2,
     "geglu": _geglu_gate,
     "swiglu": _silu,
     "reglu": _relu,

@@ -34,16 +34,19 @@ def moe(
     *,
     inner_precise: int | None = None,
     output_dtype: npt.DTypeLike | None = None,
+    activate_left: bool = False,
     rounding: Literal["ascend", "exact"] = "ascend",
     **operands: Array,
 ) -> Array:
     """y[t] = sum over slots s of topk_weights[t, s] * ffn(x[t]) by expert topk_ids[t, s].
 
     Added in float32 in the order of the slots, beginning with 0, and rounded once; an id of E or more
-    contributes nothing. `operands` are those of reference.ffn. rounding="exact" is the formula, in and as
-    float64.
+    contributes nothing. `operands` are those of reference.ffn. activate_left makes a GLU act(left) * right.
+    rounding="exact" is the formula, in and as float64.
     """
     activation = activation.lower()
+    if activate_left and activation in GLU:
+        weight1, operands = halves_exchanged(weight1, operands)
     if inner_precise is None:
         inner_precise = 1 if activation in GLU else 0
     dtype = np.dtype(output_dtype or (np.float16 if x.dtype == np.int8 else x.dtype))
@@ -57,6 +60,14 @@ def moe(
         else:
             y[share.tokens] += share.weight * results(rows, share.expert, activation, inner_precise, dtype)
     return (y if exact else nearest_even(y, dtype)).reshape(*x.shape[:-1], weight2.shape[-1])
+
+
+def halves_exchanged(weight1: Array, operands: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """What makes act(left) * right of a GLU's left * act(right): all that there is for each of N1 columns."""
+    names = ("bias1", "deq_scale1", "antiquant_scale1", "antiquant_offset1")
+    half = weight1.shape[-1] // 2
+    changed = {name: np.roll(operands[name], half, -1) for name in names if name in operands}
+    return np.roll(weight1, half, -1), {**operands, **changed}
 
 
 def shares(

@@ -66,6 +66,7 @@ def native_ffn(
     threads: int = 1,
     cache_bytes: int = 0,
     packed: bool = False,
+    activate_left: bool = False,
     **operands: np.ndarray | None,
 ) -> np.ndarray:
     """reference.ffn with the kernels of `isa`, divided among `threads` workers, each with so large a cache
@@ -79,7 +80,7 @@ def native_ffn(
         pairs[name] = np.frombuffer(_native.prepack(pairs[name], isa), np.uint8), "uint8"
     _native.ffn(
         activation=activation, tokens_index_flag=tokens_index_flag, inner_precise=inner_precise,
-        isa=isa, threads=threads, cache_bytes=cache_bytes, **pairs,
+        isa=isa, threads=threads, cache_bytes=cache_bytes, activate_left=activate_left, **pairs,
     )  # fmt: skip
     return y
 

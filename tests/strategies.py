@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from ffn_ops import contract, prepack
-from ffn_ops.contract import ACTIVATIONS, GLU, MODES, OPERANDS, SHAPES, Mode, Spec
+from ffn_ops.contract import ACTIVATIONS, GLU, MODES, OPERANDS, SHAPES, VENDOR_ACTIVATIONS, Mode, Spec
 
 DEVICE = os.environ["FFN_OPS_TEST_DEVICE"]  # "cpu" or "npu": conftest.py's option --device
 TARGET = {"cpu": "cpu", "npu": "ascend910b"}[DEVICE]
@@ -34,6 +34,7 @@ class Call:
     tokens_index_flag: bool = False
     int4_storage: torch.dtype = torch.uint8
     layouts: dict[str, str] = field(default_factory=dict)
+    activate_left: bool = False  # of ffn.moe
 
     @property
     def route(self) -> str:
@@ -67,9 +68,9 @@ class Call:
             "inner_precise": self.inner_precise,
             "output_dtype": getattr(torch, output.dtype) if output else None,
         }
-        return (
-            options if "topk_ids" in self.specs else {"tokens_index_flag": self.tokens_index_flag, **options}
-        )
+        if "topk_ids" in self.specs:
+            return {"activate_left": self.activate_left, **options}
+        return {"tokens_index_flag": self.tokens_index_flag, **options}
 
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         """Random operands of sizes that keep every step in range, keyed as reference.ffn's arguments."""
@@ -209,7 +210,11 @@ def calls(
 
     may_glu = target == "cpu" or (mode.name == "fp16" and target != "ascend310p" and not experts)
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
-    name = draw(st.sampled_from(GLU if use_glu else ACTIVATIONS[:4]))
+    name = draw(
+        st.sampled_from(
+            [a for a in (ACTIVATIONS if target == "cpu" else VENDOR_ACTIVATIONS) if (a in GLU) == use_glu]
+        )
+    )
     may_experts = target == "cpu" or not (use_glu or target == "ascend310p")
     E = (
         draw(st.integers(1, 5))
@@ -292,6 +297,7 @@ def calls(
         draw(st.booleans()),
         torch.int32 if step == 8 else torch.uint8,
         {name: draw(st.sampled_from(_layouts(name, target))) for name in specs} if layouts else {},
+        moe and draw(st.booleans()),
     )
     if (
         call.violations() and per_channel is None and route == "fused"

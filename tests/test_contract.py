@@ -171,6 +171,7 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
         calls(target=npu, modes=("bf16", *QUANT, *ANTIQUANT), glu=False),
         lambda call: replace(call, target="ascend310p", inner_precise=None),
     ),
+    "activation-on-npu": (calls(target=npu, glu=False), lambda call: replace(call, activation="relu2")),
     "activation-310p": (
         calls(target="ascend310p"),
         lambda call: replace(resized(call, N1=16, K2=8), activation="reglu"),

@@ -35,7 +35,7 @@ MODES = {
 }
 FLOAT_MODES = ("float32", "fp16", "bf16")
 GLU = ("geglu", "swiglu", "reglu")
-PLAIN = ("fastgelu", "gelu", "relu", "silu")
+PLAIN = ("fastgelu", "gelu", "relu", "silu", "gelu_erf", "relu2")
 # Around the panels' widths (8, 16, 64), the rows of a tile (6) and the blocks of K (32 to 256).
 EDGES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 255, 256, 257)
 SEED = 20240607
@@ -284,7 +284,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_the_reference_does(isa, dtyp
 
 
 @each_isa
-@pytest.mark.parametrize("activation", ["fastgelu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["fastgelu", "gelu", "silu", "gelu_erf", "relu2"])
 def test_activations_keep_a_few_ulp_over_their_whole_range(isa, activation):
     wide = np.geomspace(1e-30, 1e30, 5000)
     x = np.concatenate([np.linspace(-120, 120, 20001), wide, -wide]).astype(np.float32)

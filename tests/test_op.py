@@ -241,21 +241,26 @@ def test_activation_names_are_case_insensitive():
     assert same_bits(op(x, w, w, "GeLu"), op(x, w, w, "gelu"))
 
 
-def test_gradients_are_refused_by_name_and_only_in_backward():
+def test_gradients_beside_packed_weights_are_refused_by_name_and_only_in_backward():
     x, w = randn(3, 4).requires_grad_(), randn(4, 4)
-    y = op(x, w, w, "gelu")
+    packed = ffn_ops.prepack(w.cpu())
+    y = op(x, packed, packed, "gelu")
     assert y.requires_grad and same_bits(y.detach(), op(x.detach(), w, w, "gelu"))
-    with pytest.raises(RuntimeError, match="ffn has no gradient yet"):
+    with pytest.raises(RuntimeError, match="ffn has no gradient beside integer or prepacked weights"):
         y.sum().backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: op(v, packed, packed, "gelu") * 2, backend="aot_eager")(x)
+    assert same_bits(compiled.detach(), y.detach() * 2)
+    with pytest.raises(RuntimeError, match="ffn has no gradient beside integer or prepacked weights"):
+        compiled.sum().backward()
+
+
+def test_out_has_no_gradient():
+    x, w = randn(3, 4).requires_grad_(), randn(4, 4)
     with pytest.raises(RuntimeError, match="out= has no gradient"):
         op(x, w, w, "gelu", out=ones(3, 4))
     with torch.no_grad():
         op(x, w, w, "gelu", out=ones(3, 4))
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda v: op(v, w, w, "gelu") * 2, backend="aot_eager")(x)
-    assert same_bits(compiled.detach(), y.detach() * 2)
-    with pytest.raises(RuntimeError, match="ffn has no gradient yet"):
-        compiled.sum().backward()
 
 
 def test_a_graph_that_saved_out_notices_that_it_was_written():

@@ -29,7 +29,7 @@ from reference.ffn import (
     high_performance,
     results,
 )
-from reference.moe import shares
+from reference.moe import halves_exchanged, shares
 from reference.rounding import Array, half_away, multiplier, nearest_even, quantize
 
 UNIT = 2.0**-24  # a float32 rounding is off by at most this much of its result,
@@ -47,8 +47,8 @@ EXP_ERROR = 4 * UNIT
 # The same for activations that are rounded to float16 at every step: 2**-11 and 2**-24 are its unit and TINY.
 ACTIVATION_ERROR_16 = 16 * 2.0**-11
 TINY_16 = 2.0**-24
-# max |act'|: 1.0998... for t s(t), which fastgelu only stretches, and 1.1289... for the tanh form of gelu.
-SLOPE = {"fastgelu": 1.1, "silu": 1.1, "swiglu": 1.1, "gelu": 1.13, "geglu": 1.13}
+# max |act'|: 1.0998... for t s(t), which fastgelu only stretches, and 1.1289... for both forms of gelu.
+SLOPE = {"fastgelu": 1.1, "silu": 1.1, "swiglu": 1.1, "gelu": 1.13, "geglu": 1.13, "gelu_erf": 1.13}
 
 
 class Interval(NamedTuple):
@@ -182,13 +182,16 @@ def _moe_reference_and_bound(
     activation: str,
     inner_precise: int | None = None,
     output_dtype: npt.DTypeLike | None = None,
+    activate_left: bool = False,
     **operands: Array,
 ) -> tuple[Array, Array]:
     expected = reference.moe(
-        x, topk_ids, topk_weights, weight1, weight2, activation,
-        inner_precise=inner_precise, output_dtype=output_dtype, **operands,
+        x, topk_ids, topk_weights, weight1, weight2, activation, inner_precise=inner_precise,
+        output_dtype=output_dtype, activate_left=activate_left, **operands,
     )  # fmt: skip
     activation = activation.lower()
+    if activate_left and activation in GLU:
+        weight1, operands = halves_exchanged(weight1, operands)
     if inner_precise is None:
         inner_precise = 1 if activation in GLU else 0
     y = expected.reshape(int(np.prod(expected.shape[:-1])), expected.shape[-1])
@@ -342,6 +345,9 @@ def _activation(
 ) -> Interval:
     if activation in ("relu", "reglu"):
         return _through(lambda x: activate(x, "relu"), v)
+    if activation == "relu2":
+        positive = _through(lambda x: activate(x, "relu"), v)
+        return _times(positive, positive)
     value = activate(v.middle, activation)
     # 2 * radius: how much more |act(x)| + |x| / 4 may be elsewhere in the interval.
     size = np.abs(value) + np.abs(v.middle) / 4 + 2 * v.radius

@@ -137,6 +137,7 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
     }
   }
   const LeftRows left(wave.second, segment);
+  const int gate = problem.activate_left ? 0 : 1;  // the half that the activation is for
   WithActivation(problem.activation, [&](auto activate) {
     for (int64_t r = 0; r < segment.rows; ++r) {
       for (int64_t n = 0; n < columns; n += kLanes) {
@@ -145,11 +146,10 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
           return Round(steps.first,
                        Result(steps.quant, at, scratch->bias[half] + n, scratch->deq_scale[half] + n));
         };
-        F32 value = sums(0);
-        value = steps.glu ? value * activate(sums(1)) : activate(value);
-        value = Round(steps.hidden, value);
-        if (steps.quant) value = Quantize(value, LoadFloats(scratch->scale + n), offset);
-        left.Put(r, column + n, value);
+        const F32 value = steps.glu ? sums(1 - gate) * activate(sums(gate)) : activate(sums(0));
+        const F32 hidden_value = Round(steps.hidden, value);
+        left.Put(r, column + n,
+                 steps.quant ? Quantize(hidden_value, LoadFloats(scratch->scale + n), offset) : hidden_value);
       }
       if (column + columns == hidden) left.ZeroBeyondK(r);
     }

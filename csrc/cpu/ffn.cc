@@ -122,11 +122,8 @@ int64_t SegmentRows(int64_t wave_rows, int64_t narrowest, int64_t workers) {
 
 bool Begins(int64_t row, const Segment& segment) { return row < segment.row; }
 
-}  // namespace
-
-void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
-  const Kernels& kernels = KernelsOf(isa);
-  const Problem& p = problem;
+// Both products of a call, or only the second.
+void Run(const Problem& p, bool both, const ParallelFor& parallel, const Kernels& kernels) {
   if (p.M == 0 || p.N2 == 0) return;
 
   const ScratchPlan plan = PlanScratch(p, parallel);
@@ -142,15 +139,15 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
   wave.steps = StepsOf(p);
   wave.cache_bytes = cache_bytes;
   wave.first = {p.K1, p.N1, first, &p.weight1, &p.channels1};
-  wave.second = {p.K2, p.N2, first + plan.first, &p.weight2, &p.channels2};
+  wave.second = {p.K2, p.N2, both ? first + plan.first : first, &p.weight2, &p.channels2};
 
   int64_t expert = 0;
   for (wave.first_row = 0; wave.first_row < p.M; wave.first_row += wave.rows) {
     wave.rows = std::min(plan.wave_rows, p.M - wave.first_row);
     const int64_t end = wave.first_row + wave.rows;
-    const int64_t work = wave.rows * (p.K1 * p.N1 + p.K2 * p.N2);
+    const int64_t work = wave.rows * ((both ? p.K1 * p.N1 : 0) + p.K2 * p.N2);
     const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
-    const int64_t most_rows = SegmentRows(wave.rows, std::min(p.K2, p.N2), workers);
+    const int64_t most_rows = SegmentRows(wave.rows, both ? std::min(p.K2, p.N2) : p.N2, workers);
     segments.clear();
     for (int64_t row = wave.first_row; row < end;) {
       while (p.row_ends[expert] <= row) ++expert;
@@ -183,9 +180,19 @@ void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa
                      std::min(width, columns - column), scratch + worker);
               });
     };
-    run_product(wave.first, p.K2, kernels.first_product);
+    if (both) run_product(wave.first, p.K2, kernels.first_product);
     run_product(wave.second, p.N2, kernels.second_product);
   }
+}
+
+}  // namespace
+
+void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
+  Run(problem, true, parallel, KernelsOf(isa));
+}
+
+void RunProduct(const Problem& problem, const ParallelFor& parallel) {
+  Run(problem, false, parallel, KernelsOf(nullptr));
 }
 
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel) {

@@ -12,7 +12,8 @@ namespace ffn::cpu {
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kInt4, kInt32, kInt64, kUInt64 };
 
-enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeGlu, kSwiGlu, kReGlu };
+// In the order of the contract's ACTIVATIONS.
+enum class Activation : uint8_t { kFastGelu, kGelu, kRelu, kSilu, kGeluErf, kRelu2, kGeGlu, kSwiGlu, kReGlu };
 
 inline bool IsGlu(Activation a) { return a >= Activation::kGeGlu; }
 
@@ -64,6 +65,7 @@ struct Problem {
   DType deq_dtype = DType::kFloat32;  // of deq_scale1 and deq_scale2: kUInt64, kInt64, kFloat32 or kBFloat16
   Activation activation = Activation::kRelu;
   bool high_precision = false;     // inner_precise == 0; matters for fp16 weights only
+  bool activate_left = false;      // GLU: act(left) * right instead of left * act(right)
   bool per_channel_scale = false;  // w8a8: scale is [E, N1] instead of [E]
   int64_t M = 0, K1 = 0, N1 = 0, K2 = 0, N2 = 0, E = 1;
   const void* x = nullptr;
@@ -100,6 +102,9 @@ struct ParallelFor {
 // std::bad_alloc, before any work, when the scratch cannot be allocated, and std::runtime_error for an isa
 // that cannot run here.
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
+
+// The second product alone, with the rows of x to its left: y = x W2 + b2, where K1 == K2. Throws as RunFfn.
+void RunProduct(const Problem& problem, const ParallelFor& parallel);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
 // where that is more) and 864 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its

@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "contract/contract.h"
 #include "cpu/packed.h"
@@ -78,11 +80,36 @@ std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype)
 // How torch stores elements of these; int4 two in a byte.
 ScalarType ToTorch(cpu::DType dtype);
 
+// The elements of the operand `name` in row-major order, aligned. Where that needs a copy, `kept` owns it.
+const void* DenseData(const char* name, const Tensor& tensor, std::vector<Tensor>& kept);
+
+// The weight `name`, [K, N] or [E, K, N], plain or prepacked, as the kernels read it; copied into `kept` only
+// when neither its rows nor its columns are dense.
+cpu::Weight WeightOf(const char* name, const Tensor& tensor, cpu::DType dtype, int64_t K, int64_t N,
+                     std::vector<Tensor>& kept);
+
 // torch's threads.
 cpu::ParallelFor TorchThreads();
 
-// torch.ops.ffn.moe on the CPU, which always has topk_ids and topk_weights.
-Tensor MoeCpu(const Arguments& arguments);
+// Calls run(TorchThreads()), which says with std::bad_alloc that scratch_bytes(threads) cannot be had.
+template <class Run, class ScratchBytes>
+void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
+  const cpu::ParallelFor parallel = TorchThreads();
+  try {
+    run(parallel);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("the scratch needs " + std::to_string(scratch_bytes(parallel)) +
+                             " bytes, but they could not be allocated (use fewer threads, or free memory)");
+  }
+}
+
+// torch.ops.ffn.moe on the CPU, which always has topk_ids and topk_weights. activate_left: a GLU is
+// act(left) * right.
+Tensor MoeCpu(const Arguments& arguments, bool activate_left);
+
+// torch.ops.ffn.grouped_mm and grouped_outer on the CPU.
+Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias);
+Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens);
 
 // What ffn_ops.prepack and unpack are made of. NewBlock has the header and room for weights like `weight` of
 // E experts (0: dense), PackExpert packs one of them, Unpack gives all back.

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -25,15 +24,7 @@ class DenseTensors {
   // The operand's elements in row-major order, or null when it is absent.
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
-    const Tensor& tensor = *arguments_.operands[name];
-    const void* data = tensor.const_data_ptr();
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(data) % tensor.element_size() == 0;  // frombuffer need not be
-    if (tensor.is_contiguous() && aligned) return data;
-    kept_.push_back(Allocate(contract::kOperandNames[name], tensor.numel(), [&] {
-      return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
-    }));
-    return kept_.back().const_data_ptr();
+    return DenseData(contract::kOperandNames[name], *arguments_.operands[name], kept_);
   }
 
   // The same as elements of `dtype`.
@@ -54,13 +45,7 @@ class DenseTensors {
   }
 
   cpu::Weight Weight(Operand name, cpu::DType dtype, int64_t K, int64_t N) {
-    const Tensor& tensor = arguments_.operand(name);
-    if (const std::optional<cpu::PackedHeader> header =
-            PackedHeaderOf(contract::kOperandNames[name], tensor)) {
-      return cpu::PackedWeight(*header, tensor.const_data_ptr());
-    }
-    if (const std::optional<cpu::Weight> weight = WeightInPlace(tensor, dtype)) return *weight;
-    return {Data(name), K * N, N, 1};
+    return WeightOf(contract::kOperandNames[name], arguments_.operand(name), dtype, K, N, kept_);
   }
 
  private:
@@ -97,18 +82,6 @@ Tensor NewY(const Tensor& x, const cpu::Problem& problem) {
   return Allocate("y", x.numel(), [&] {
     return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1
   });
-}
-
-// Calls run(parallel), which says with std::bad_alloc that scratch_bytes(parallel) cannot be had.
-template <class Run, class ScratchBytes>
-void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
-  const cpu::ParallelFor parallel = TorchThreads();
-  try {
-    run(parallel);
-  } catch (const std::bad_alloc&) {
-    throw std::runtime_error("the scratch needs " + std::to_string(scratch_bytes(parallel)) +
-                             " bytes, but they could not be allocated (use fewer threads, or free memory)");
-  }
 }
 
 void CheckExpertIds(const int64_t* ids, int64_t count) {
@@ -151,7 +124,7 @@ Tensor FfnCpu(const Arguments& arguments) {
   return out ? *out : y;
 }
 
-Tensor MoeCpu(const Arguments& arguments) {
+Tensor MoeCpu(const Arguments& arguments, bool activate_left) {
   const Checked checked(arguments);
   DenseTensors dense(arguments);
   cpu::Routing routing;
@@ -161,6 +134,7 @@ Tensor MoeCpu(const Arguments& arguments) {
   CheckExpertIds(routing.ids, arguments.operand(contract::kTopkIdsOperand).numel());
 
   cpu::Problem problem = cpu::ProblemOf(checked.call, checked.plan);
+  problem.activate_left = activate_left;
   Tensor y = NewY(arguments.operand(contract::kXOperand), problem);
   problem.y = y.mutable_data_ptr();
   PointAtOperands(problem, dense);

@@ -20,7 +20,7 @@
   "bool tokens_index_flag=False, " OPTIONS_SCHEMA
 #define MOE_SCHEMA                                                                       \
   "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor weight1, Tensor weight2, str " \
-  "activation, " OPERANDS_SCHEMA OPTIONS_SCHEMA
+  "activation, " OPERANDS_SCHEMA OPTIONS_SCHEMA ", bool activate_left=False"
 
 namespace ffn::op {
 namespace {
@@ -58,7 +58,7 @@ Tensor Moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor weight1, Tenso
            OptionalTensor offset, OptionalTensor deq_scale1, OptionalTensor deq_scale2,
            OptionalTensor antiquant_scale1, OptionalTensor antiquant_scale2, OptionalTensor antiquant_offset1,
            OptionalTensor antiquant_offset2, std::optional<int64_t> inner_precise,
-           std::optional<ScalarType> output_dtype) {
+           std::optional<ScalarType> output_dtype, bool activate_left) {
   return MoeCpu(
       {{std::move(x), std::move(weight1), std::move(weight2), std::nullopt, std::move(bias1),
         std::move(bias2), std::move(scale), std::move(offset), std::move(deq_scale1), std::move(deq_scale2),
@@ -67,7 +67,8 @@ Tensor Moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor weight1, Tenso
        std::move(activation),
        false,
        inner_precise,
-       output_dtype});
+       output_dtype},
+      activate_left);
 }
 
 }  // namespace
@@ -77,6 +78,8 @@ STABLE_TORCH_LIBRARY(ffn, m) {
   m.def("ffn(" FFN_SCHEMA ") -> Tensor");
   m.def("ffn.out(" FFN_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("moe(" MOE_SCHEMA ") -> Tensor");
+  m.def("grouped_mm(Tensor x, Tensor weight, Tensor expert_tokens, Tensor? bias=None) -> Tensor");
+  m.def("grouped_outer(Tensor x, Tensor grad, Tensor expert_tokens) -> Tensor");
   m.def("new_block(Tensor weight, int E) -> Tensor");
   m.def("pack_expert(Tensor(a!) block, Tensor weight, int expert) -> ()");
   m.def("unpack(Tensor block) -> Tensor");
@@ -86,6 +89,8 @@ STABLE_TORCH_LIBRARY_IMPL(ffn, CPU, m) {
   m.impl("ffn", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu>)));
   m.impl("ffn.out", TORCH_BOX((&ffn::op::Ffn<ffn::op::FfnCpu, torch::stable::Tensor>)));
   m.impl("moe", TORCH_BOX(&ffn::op::Moe));
+  m.impl("grouped_mm", TORCH_BOX(&ffn::op::GroupedMm));
+  m.impl("grouped_outer", TORCH_BOX(&ffn::op::GroupedOuter));
   m.impl("new_block", TORCH_BOX(&ffn::op::NewBlock));
   m.impl("pack_expert", TORCH_BOX(&ffn::op::PackExpert));
   m.impl("unpack", TORCH_BOX(&ffn::op::Unpack));

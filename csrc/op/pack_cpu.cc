@@ -77,6 +77,26 @@ std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype)
   return weight;
 }
 
+const void* DenseData(const char* name, const Tensor& tensor, std::vector<Tensor>& kept) {
+  const void* data = tensor.const_data_ptr();
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(data) % tensor.element_size() == 0;  // frombuffer need not be
+  if (tensor.is_contiguous() && aligned) return data;
+  kept.push_back(Allocate(name, tensor.numel(), [&] {
+    return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
+  }));
+  return kept.back().const_data_ptr();
+}
+
+cpu::Weight WeightOf(const char* name, const Tensor& tensor, cpu::DType dtype, int64_t K, int64_t N,
+                     std::vector<Tensor>& kept) {
+  if (const std::optional<cpu::PackedHeader> header = PackedHeaderOf(name, tensor)) {
+    return cpu::PackedWeight(*header, tensor.const_data_ptr());
+  }
+  if (const std::optional<cpu::Weight> weight = WeightInPlace(tensor, dtype)) return *weight;
+  return {DenseData(name, tensor, kept), K * N, N, 1};
+}
+
 Tensor NewBlock(Tensor weight, int64_t E) {
   const cpu::PackedHeader header = HeaderFor(weight, E);
   const int64_t bytes = cpu::PackedBytes(header);

@@ -118,9 +118,10 @@ cpu::ParallelFor Serial(int64_t threads, int64_t cache_bytes = 0) {
 }
 
 // Runs one call of ffn.ffn, or with topk_ids one of ffn.moe, into the array `out`; threads > 1 divides it
-// among as many workers, who then run one after the other. cache_bytes: that of ParallelFor.
+// among as many workers, who then run one after the other. cache_bytes: that of ParallelFor. activate_left:
+// that of Problem.
 void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<int64_t> inner_precise,
-         const std::optional<std::string>& isa, int64_t threads, int64_t cache_bytes,
+         const std::optional<std::string>& isa, int64_t threads, int64_t cache_bytes, bool activate_left,
          const py::kwargs& operands) {
   Arrays arrays(operands);
   Require(arrays.call.operands[contract::kXOperand].given &&
@@ -147,6 +148,7 @@ void Ffn(const std::string& activation, bool tokens_index_flag, std::optional<in
   arrays.Fill(problem.channels2, contract::kBias2Operand, contract::kDeqScale2Operand,
               contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
   problem.y = arrays.Data(contract::kOutOperand);
+  problem.activate_left = activate_left;
 
   const cpu::ParallelFor serial = Serial(threads, cache_bytes);
   if (plan.facts[contract::kMoeFact] != 0) {
@@ -219,7 +221,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The CPU kernels for NumPy arrays, the two phases of aclnnFFNV3, and facts about both.";
   module.def("ffn", &ffn::Ffn, py::kw_only(), py::arg("activation"), py::arg("tokens_index_flag") = false,
              py::arg("inner_precise") = py::none(), py::arg("isa") = py::none(), py::arg("threads") = 1,
-             py::arg("cache_bytes") = 0,
+             py::arg("cache_bytes") = 0, py::arg("activate_left") = false,
              "Computes one call into `out`. Every other keyword is an operand of the contract, as a pair of "
              "a buffer and "
              "its dtype's name.");

@@ -6,35 +6,20 @@ into the operator's tensors: x_scale into weight1, the biases into int32 before 
 intermediate's offset into bias2. Notation: h is the intermediate, act(x W1 + b1).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffn_ops.activation import activate
 from ffn_ops.contract import ContractError
 from ffn_ops.packing import pack_deq_scale, unpack_deq_scale
 
 # How much of a channel's range x_scale takes; weight1 keeps the rest. At 1 every channel of x8 uses all of
 # int8. The embeddings of the demo's encoder are best, and flat, around this value.
 _X_SHARE = 0.75
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "fastgelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}  # what each GLU does to its right half
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation in x's dtype; a GLU is left * act(right) of x's halves."""
-    if activation in GATES:
-        left, right = x.chunk(2, dim=-1)
-        return left * _ACTIVATIONS[GATES[activation]](right)
-    return _ACTIVATIONS[activation](x)
 
 
 class _Ranges(NamedTuple):

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.ffn.grouped_mm and grouped_outer on the CPU: one product of each expert with its own rows, and
+// what the gradient of its weight is. For what lies around ffn.moe: activations that it does not know, and
+// its backward (ffn_ops/gradient.py). Registered by library.cc; the products are cpu/ffn.h's RunProduct.
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/problem.h"
+#include "op/call.h"
+
+namespace ffn::op {
+namespace {
+
+void Require(bool holds, const std::string& sentence) {
+  if (!holds) throw std::runtime_error(sentence);
+}
+
+std::string Brackets(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+std::string ShapeOf(const Tensor& tensor) { return Brackets({tensor.sizes().begin(), tensor.sizes().end()}); }
+
+cpu::DType FloatOf(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::DType::kFloat32;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    default:
+      throw std::runtime_error(std::string(name) +
+                               " has another dtype, but it must be float32, float16 or bfloat16 (cast it)");
+  }
+}
+
+void CheckOnCpu(const char* name, const Tensor& tensor) {
+  Require(tensor.device().type() == torch::headeronly::DeviceType::CPU,
+          std::string(name) +
+              " is not on the CPU as x is, but all tensors of a call must be on one device (move it there)");
+}
+
+// The end row of each expert, and the total behind them.
+std::vector<int64_t> RowEnds(const Tensor& expert_tokens, int64_t E, int64_t M, std::vector<Tensor>& kept) {
+  CheckOnCpu("expert_tokens", expert_tokens);
+  Require(expert_tokens.scalar_type() == ScalarType::Long,
+          "expert_tokens has another dtype, but it must be int64 (cast it with .long())");
+  Require(expert_tokens.dim() == 1 && (E < 0 || expert_tokens.size(0) == E),
+          "expert_tokens has shape " + ShapeOf(expert_tokens) + ", but it must be [E]" +
+              (E < 0 ? "" : " = " + Brackets({E})) + " (one count for each expert)");
+  const auto* counts = static_cast<const int64_t*>(DenseData("expert_tokens", expert_tokens, kept));
+  std::vector<int64_t> ends;
+  int64_t end = 0;
+  for (int64_t e = 0; e < expert_tokens.size(0); ++e) {
+    Require(counts[e] >= 0 && counts[e] <= M - end,
+            "expert_tokens[" + std::to_string(e) + "] is " + std::to_string(counts[e]) +
+                ", but counts are not negative and add up to at most the M = " + std::to_string(M) +
+                " rows of x (check the routing)");
+    end += counts[e];
+    ends.push_back(end);
+  }
+  return ends;
+}
+
+void RunOneProduct(const cpu::Problem& problem) {
+  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunProduct(problem, parallel); },
+             [&](const cpu::ParallelFor& parallel) { return cpu::ScratchBytes(problem, parallel); });
+}
+
+}  // namespace
+
+Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias) {
+  cpu::Problem problem;
+  std::vector<Tensor> kept;
+  problem.x_dtype = problem.y_dtype = FloatOf("x", x);
+  Require(x.dim() == 2, "x has shape " + ShapeOf(x) + ", but it must be [M, K] (flatten the leading sizes)");
+  CheckOnCpu("weight", weight);
+  const contract::Spec spec = DescribeWeight("weight", weight);
+  Require(spec.shape.size() == 3 && spec.shape[1] == x.size(1),
+          "weight has shape " + Brackets(spec.shape) + ", but it must be [E, K, N] with x's K = " +
+              std::to_string(x.size(1)) + " (nn.Linear's goes in transposed)");
+  const contract::DType x_spec[] = {contract::DType::kFloat32, contract::DType::kFloat16,
+                                    contract::DType::kBfloat16};
+  Require(spec.dtype == x_spec[static_cast<int>(problem.x_dtype)],
+          "weight has another dtype than x, but a product takes two of one dtype (cast one of them)");
+  const int64_t M = x.size(0), E = spec.shape[0], K = spec.shape[1], N = spec.shape[2];
+  const std::vector<int64_t> row_ends = RowEnds(expert_tokens, E, M, kept);
+  problem.weight_dtype = problem.x_dtype;
+  problem.M = row_ends.empty() ? 0 : row_ends.back();
+  problem.K1 = problem.K2 = K;
+  problem.N2 = N;
+  problem.E = E;
+  problem.row_ends = row_ends.data();
+  problem.x = DenseData("x", x, kept);
+  problem.weight2 = WeightOf("weight", weight, problem.weight_dtype, K, N, kept);
+  if (bias) {
+    CheckOnCpu("bias", *bias);
+    problem.bias_dtype = FloatOf("bias", *bias);
+    Require(problem.bias_dtype == problem.x_dtype || problem.bias_dtype == cpu::DType::kFloat32,
+            "bias has another dtype than x, but it must have x's, or float32 (cast it)");
+    Require(bias->dim() == 2 && bias->size(0) == E && bias->size(1) == N,
+            "bias has shape " + ShapeOf(*bias) + ", but it must be [E, N] = " + Brackets({E, N}) +
+                " (one row for each expert)");
+    problem.channels2.bias = DenseData("bias", *bias, kept);
+  }
+  Tensor y = Allocate("y", M * N, [&] { return torch::stable::new_empty(x, {M, N}); });
+  problem.y = y.mutable_data_ptr();
+  const size_t row = static_cast<size_t>(N) * x.element_size();
+  std::memset(static_cast<char*>(problem.y) + static_cast<size_t>(problem.M) * row, 0,
+              static_cast<size_t>(M - problem.M) * row);
+  RunOneProduct(problem);
+  return y;
+}
+
+Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
+  cpu::Problem problem;
+  std::vector<Tensor> kept;
+  problem.x_dtype = problem.weight_dtype = problem.y_dtype = FloatOf("x", x);
+  CheckOnCpu("grad", grad);
+  Require(x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
+          "x and grad have shapes " + ShapeOf(x) + " and " + ShapeOf(grad) +
+              ", but they must be [M, K] and [M, N] (rows belong together)");
+  Require(x.scalar_type() == grad.scalar_type(),
+          "grad has another dtype than x, but a product takes two of one dtype (cast one of them)");
+  const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
+  const std::vector<int64_t> row_ends = RowEnds(expert_tokens, -1, M, kept);
+  const auto E = static_cast<int64_t>(row_ends.size());
+  const auto bytes = static_cast<int64_t>(x.element_size());
+  Tensor y = Allocate("y", E * K * N, [&] { return torch::stable::new_empty(x, {E, K, N}); });
+  const auto* const rows = static_cast<const char*>(DenseData("grad", grad, kept));
+  problem.M = K;
+  problem.N2 = N;
+  const int64_t all_rows = K;
+  problem.row_ends = &all_rows;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t count = row_ends[static_cast<size_t>(e)] - begin;
+    problem.y = static_cast<char*>(y.mutable_data_ptr()) + e * K * N * bytes;
+    if (count == 0) {
+      std::memset(problem.y, 0, static_cast<size_t>(K * N * bytes));
+      continue;
+    }
+    Tensor part = torch::stable::narrow(x, 0, begin, count);
+    const Tensor left = torch::stable::contiguous(torch::stable::transpose(part, 0, 1));
+    problem.x = left.const_data_ptr();
+    problem.K1 = problem.K2 = count;
+    problem.weight2 = {rows + begin * N * bytes, 0, N, 1};
+    RunOneProduct(problem);
+    begin += count;
+  }
+  return y;
+}
+
+}  // namespace ffn::op
