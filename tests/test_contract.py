@@ -18,7 +18,7 @@ from strategies import Call, any_calls, calls, mode_of
 
 import ffn_ops
 from ffn_ops import _native, contract
-from ffn_ops.contract import FLOAT_MODES, MODES, OPERANDS, RULES, Spec
+from ffn_ops.contract import FLOAT_MODES, MODES, OPERANDS, RULES, VENDOR_ACTIVATIONS, Spec
 
 QUANT = ("w8a8", "w8a8_bf16")
 ANTIQUANT = ("w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16")
@@ -114,18 +114,25 @@ def grow(name: str, by: int) -> Callable[[Call], Call]:
 
 
 npu = "ascend910b"
+
+
 # Rule -> legal calls, and the change that makes this the first rule they break.
+def on_npu(call: Call) -> Call:
+    activation = call.activation if call.activation.lower() in VENDOR_ACTIVATIONS else "gelu"
+    return replace(call, target=npu, activation=activation)
+
+
 BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "activation": (calls(), lambda call: replace(call, activation="gelu ")),
     "mode": (calls(), wrong_dtype("x")),
-    "moe-on-npu": (calls(moe=True), lambda call: replace(call, target=npu)),
+    "moe-on-npu": (calls(moe=True), on_npu),
     "topk_ids-needed": (calls(moe=True), lambda call: call.with_spec("topk_ids", None)),
     "topk_weights-needed": (calls(moe=True), lambda call: call.with_spec("topk_weights", None)),
     "tokens-or-ids": (
         calls(moe=True),
         lambda call: call.with_spec("expert_tokens", Spec("int64", (call.plan().dims["E"],))),
     ),
-    "mode-on-npu": (calls(modes=("float32",), glu=False), lambda call: replace(call, target=npu)),
+    "mode-on-npu": (calls(modes=("float32",), glu=False), on_npu),
     "deq_scale-same-dtype": (calls(modes=("w8a8",)), with_deq("int64", "uint64")),
     "per-channel-scale-needs-packed-deq_scale": (
         calls(target=npu, modes=("w8a8",), per_channel=True).filter(lambda call: call.plan().per_channel),
@@ -139,7 +146,7 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "int4-even-columns2": (calls(modes=INT4), lambda call: resized(call, K1=5, N2=5)),
     "per-group-int4-only": (
         calls(modes=("w8a16", "w8a16_bf16"), per_group=True),
-        lambda call: replace(call, target=npu),
+        on_npu,
     ),
     "groups1": (calls(per_group=True), lambda call: resized(call, G1=0)),
     "groups2": (calls(per_group=True), lambda call: resized(call, G2=0)),
@@ -161,11 +168,11 @@ BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "inner_precise-310p": (calls(target="ascend310p"), lambda call: replace(call, inner_precise=0)),
     "glu-mode-npu": (
         calls(modes=("bf16",), glu=True, experts=False),
-        lambda call: replace(call, target=npu, inner_precise=None),
+        lambda call: replace(on_npu(call), inner_precise=None),
     ),
     "glu-experts": (
         calls(modes=("fp16",), glu=True, experts=True),
-        lambda call: replace(call, target=npu, inner_precise=None),
+        lambda call: replace(on_npu(call), inner_precise=None),
     ),
     "mode-310p": (
         calls(target=npu, modes=("bf16", *QUANT, *ANTIQUANT), glu=False),

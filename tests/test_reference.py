@@ -285,7 +285,7 @@ def test_nan_and_infinity_follow_the_formula() -> None:
         assert np.isnan(y(np.nan, activation)) and y(np.inf, activation) == np.inf
         assert (
             y(-np.inf, activation) == 0
-            if activation in ("relu", "reglu")
+            if activation in ("relu", "reglu", "relu2")
             else np.isnan(y(-np.inf, activation))
         )
         assert y(-3e38, activation) == 0 and y(3e38, activation) == np.float32(3e38)
