@@ -110,7 +110,7 @@ def restore(rows: Tensor, order: Tensor) -> Tensor:
 def combine(rows: Tensor, topk_weights: Tensor, order: Tensor) -> Tensor:
     """y [M, H]: each token's rows, weighted by topk_weights [M, top_k] and added in float32, rounded once."""
     M, top_k = topk_weights.shape
-    y = restore(rows, order).float().reshape(M, top_k, -1) * topk_weights.float().unsqueeze(-1)
+    y = restore(rows, order).float().reshape(M, top_k, rows.shape[-1]) * topk_weights.float().unsqueeze(-1)
     return y.sum(1).to(rows.dtype)
 
 
@@ -136,8 +136,8 @@ class MoE(Packable):
     Parameters: gate.weight [E, hidden_size]; weight1 [E, hidden_size, N1] and weight2 [E, intermediate_size,
     hidden_size], where N1 is 2 * intermediate_size for GLU activations, whose halves are the operator's
     [up | gate] (packing.swap_glu_halves exchanges Hugging Face's), and else intermediate_size; bias1 and
-    bias2 with `bias`; shared_weight1 and shared_weight2 of one dense block as wide as `shared_experts`
-    experts; correction_bias [E], a buffer, for the router "sigmoid".
+    bias2 with `bias`; shared_weight1 and shared_weight2, with a leading 1, of a block as wide as
+    `shared_experts` experts; correction_bias [E], a buffer, for the router "sigmoid".
 
     activation: one of ACTIVATIONS; alpha and limit are "swiglu_clamped"'s. router, renormalize, n_group,
     topk_group and scaling: see `route`. recompute: a backward pass computes the activations again, from x
@@ -202,8 +202,8 @@ class MoE(Packable):
         self.bias1 = parameter(E, glu * K2) if bias else None
         self.bias2 = parameter(E, hidden_size) if bias else None
         wide = shared_experts * K2
-        self.shared_weight1 = parameter(hidden_size, glu * wide) if wide else None
-        self.shared_weight2 = parameter(wide, hidden_size) if wide else None
+        self.shared_weight1 = parameter(1, hidden_size, glu * wide) if wide else None
+        self.shared_weight2 = parameter(1, wide, hidden_size) if wide else None
         corrected = torch.zeros(E, device=device) if router == "sigmoid" else None
         self.register_buffer("correction_bias", corrected)
         self.reset_parameters()
@@ -236,27 +236,31 @@ class MoE(Packable):
         tokens = x.reshape(-1, self.hidden_size)
         y = self.experts(tokens, *self.route(tokens))
         if self.shared_weight1 is not None and self.shared_weight2 is not None:
-            everyone = torch.full((1,), tokens.shape[0], device=x.device)
             weights = (self.shared_weight1, self.shared_weight2)
-            y = y + self._unfused(tokens, everyone, *(w if w.dim() == 1 else w[None] for w in weights))
+            everyone = torch.full((1,), tokens.shape[0], device=x.device)
+            if self._fuses(x):
+                y = y + torch.ops.ffn.ffn(tokens, *weights, self.activation, everyone)
+            else:
+                y = y + self._unfused(tokens, everyone, *weights)
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The routed part alone, for tokens x [M, hidden_size] and ids and weights [M, top_k]: ids from
         num_experts on are skipped."""
         bias1, bias2 = (self._bias(bias, x) for bias in (self.bias1, self.bias2))
-        keeps = (
-            torch.is_grad_enabled()
-            and not self.recompute
-            and _needs_gradient(x, topk_weights, *self.parameters())
-        )
-        if self.activation != CLAMPED_SWIGLU and not keeps:
+        if self._fuses(x, topk_weights):
             return torch.ops.ffn.moe(
                 x, topk_ids, topk_weights, self.weight1, self.weight2, self.activation, bias1, bias2
             )
         rows, expert_tokens, order = permute(x, topk_ids, self.num_experts)
         rows = self._unfused(rows, expert_tokens, self.weight1, self.weight2, bias1, bias2)
         return combine(rows, topk_weights, order)
+
+    def _fuses(self, *inputs: Tensor) -> bool:
+        """Whether one operator computes a block: when it knows the activation, and nothing is to be kept."""
+        tensors = (*inputs, *self.parameters())
+        keeps = torch.is_grad_enabled() and not self.recompute and any(t.requires_grad for t in tensors)
+        return self.activation != CLAMPED_SWIGLU and not keeps
 
     def _unfused(
         self, rows: Tensor, expert_tokens: Tensor, weight1: Tensor, weight2: Tensor,
@@ -281,10 +285,6 @@ class MoE(Packable):
             f"activation={self.activation}, router={self.router}"
         )
         return text + (", packed" if self.weight1.dim() == 1 else "")
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _check_routing(E: int, top_k: int, router: str, n_group: int, topk_group: int) -> None:
