@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small byte-level language model with mixture-of-experts blocks, once with ffn_ops.MoE and once with
+"""Trains a small byte-level language model with mixture-of-experts blocks, with ffn_ops.MoE and then with
 the same block in plain PyTorch, from the same seed: the losses are the same, step by step.
 
     python examples/train_moe.py [STEPS]
