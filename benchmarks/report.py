@@ -331,17 +331,17 @@ def publish(source: Path, page: Path) -> list[Path]:
         "",
     ]
     for shape in dict.fromkeys(cell["shape"] for cell in cells):
-        lines += [f"## {shape}", "", *_markdown(CELL_HEADINGS, cell_rows(results, shape)), ""]
+        lines += [f"## {shape}", "", *markdown(CELL_HEADINGS, cell_rows(results, shape)), ""]
     encoders = list(encoder_rows(results))
     if encoders:
-        lines += ["## Feed-forward blocks in the encoder", "", *_markdown(ENCODER_HEADINGS, encoders), ""]
+        lines += ["## Feed-forward blocks in the encoder", "", *markdown(ENCODER_HEADINGS, encoders), ""]
     lines += [f"![{path.stem}]({folder.name}/{path.name})\n" for path in drawn]
     lines += ["## Without a figure", "", *(f"- {line}" for line in missing(results))]
     page.write_text("\n".join(lines) + "\n")
     return [page, *drawn]
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     table = [headings, ["---"] * len(headings), *rows]
     return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in table]
 

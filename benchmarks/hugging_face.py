@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.hugging_face`: the experts of Hugging Face's models, as transformers computes them and
+as ffn_ops does.
+
+    python -m benchmarks.hugging_face [MODEL ...] [--out FILE.json] [--publish FILE.json]
+
+One experts module of each model, of the real sizes but with fewer experts where memory asks for it, called as
+the model calls it: from hidden states, expert ids and weights to the sum. Implementations of a cell are timed
+in turn in one process (measure.py): transformers' own, ffn_ops with the model's parameters, and after
+ffn_ops.hf.pack_. docs/moe-benchmarks.md is made from a results file by --publish.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from benchmarks import cases, machine, measure
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "moe-benchmarks.md"
+SECONDS = 1.5  # for each implementation of a cell
+ROWS = (1, 8, 512)  # two sizes of a decoding batch, and a prompt
+GATHERED = 4 << 30  # batched_mm copies each token's weights: more bytes than this are not tried
+OURS = ("ffn_ops", "ffn_ops, packed")
+
+
+class Model(NamedTuple):
+    name: str
+    config: str  # of transformers, whose defaults are changed by `sizes`
+    experts: str  # class
+    module: str
+    sizes: dict[str, int]
+    H: int
+    I: int  # noqa: E741 - the field's name
+    E: int  # experts here
+    of: int  # experts of the model
+    top_k: int
+    matrices: int = 3  # of I * H weights in an expert
+
+
+MODELS = (
+    Model("Mixtral-8x7B", "MixtralConfig", "MixtralExperts", "mixtral",
+          {"num_local_experts": 4}, 4096, 14336, 4, 8, 2),
+    Model("Qwen3-30B-A3B", "Qwen3MoeConfig", "Qwen3MoeExperts", "qwen3_moe",
+          {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}, 2048, 768, 128, 128, 8),
+    Model("DeepSeek-V3", "DeepseekV3Config", "DeepseekV3NaiveMoe", "deepseek_v3",
+          {"n_routed_experts": 24, "num_local_experts": 24}, 7168, 2048, 24, 256, 8),
+    Model("GPT-OSS-20B", "GptOssConfig", "GptOssExperts", "gpt_oss",
+          {"num_local_experts": 16}, 2880, 2880, 16, 32, 4),
+)  # fmt: skip
+
+
+def experts_of(model: Model, dtype: torch.dtype) -> nn.Module:
+    transformers = __import__("transformers")
+    config = getattr(transformers, model.config)(**model.sizes)
+    config._experts_implementation = "eager"
+    module = getattr(getattr(transformers.models, model.module), f"modeling_{model.module}")
+    experts = getattr(module, model.experts)(config).to(dtype).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(cases.SEED)
+    for parameter in experts.parameters():
+        base = torch.randn(parameter.shape[1:], generator=generator) / parameter.shape[-1] ** 0.5
+        for e, one in enumerate(parameter):
+            one.copy_(base.roll(e, 0))  # other bytes in memory at a fraction of the time
+    return experts
+
+
+def implementations(
+    experts: Any, packed: Any, model: Model, call: tuple[Tensor, ...]
+) -> dict[str, Callable[[], Tensor]]:
+    def run(module: Any, name: str) -> Callable[[], Tensor]:
+        def once() -> Tensor:
+            module.config._experts_implementation = name
+            return module(*call)
+
+        return once
+
+    found = {"eager": run(experts, "eager"), "grouped_mm": run(experts, "grouped_mm")}
+    gathered = len(call[0]) * model.top_k * model.matrices * model.I * model.H * call[0].element_size()
+    if gathered <= GATHERED:
+        found["batched_mm"] = run(experts, "batched_mm")
+    return found | {"ffn_ops": run(experts, "ffn_ops"), "ffn_ops, packed": run(packed, "ffn_ops")}
+
+
+def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    import copy
+
+    import ffn_ops.hf
+
+    for dtype in (torch.bfloat16, torch.float32):
+        experts = experts_of(model, dtype)
+        weight_bytes = sum(p.nbytes for p in experts.parameters())
+        if 2.2 * weight_bytes > machine.free_bytes() + weight_bytes:
+            yield {
+                "model": model.name,
+                "dtype": str(dtype)[6:],
+                "skipped": "two copies need more than the free memory",
+            }
+            continue
+        packed = copy.deepcopy(experts)
+        packed.config._experts_implementation = ffn_ops.hf.NAME
+        begin = time.perf_counter()
+        ffn_ops.hf.pack_(packed)
+        pack_seconds = time.perf_counter() - begin
+        cells = [(M, cases.UNIFORM) for M in ROWS]
+        if dtype == torch.bfloat16:
+            cells += [(ROWS[-1], name) for name in cases.SKEWED]
+        for M, routing in cells:
+            shape = cases.Shape(model.name, "", model.H, model.I, "swiglu", False, ROWS, model.E, model.top_k)
+            ids, weights = cases.route(shape, routing, M)
+            x = torch.randn(M, model.H, generator=torch.Generator().manual_seed(1)).to(dtype)
+            calls = implementations(experts, packed, model, (x, ids, weights))
+            right = calls["eager"]().float()
+            # Both round each product and step of the activation to the dtype: some units of the largest y.
+            unit = 32 * torch.finfo(dtype).eps * right.abs().max()
+            wrong = {name: float((call().float() - right).abs().max() / unit) for name, call in calls.items()}
+            hit = len(ids.unique())
+            expert = model.matrices * model.I * model.H
+            figures = measure.interleaved(calls, "cold" if cases.COLD_ROWS["moe"] >= M else "warm", SECONDS)
+            least = {
+                "dram": hit * expert * x.element_size() / limits["dram"],
+                **compute_time(limits, dtype, 2 * M * model.top_k * expert),
+            }
+            limit = max(least, key=least.__getitem__)
+            yield {
+                "model": model.name, "dtype": str(dtype)[6:], "M": M, "routing": routing, "experts_hit": hit,
+                "limit": limit, "limit_seconds": least[limit], "pack_seconds": pack_seconds,
+                "error": wrong,
+                "seconds": {name: f.seconds for name, f in figures.items() if wrong[name] <= 1},
+                "quartiles": {name: f.quartiles for name, f in figures.items()},
+                "histogram": ids.flatten().bincount(minlength=model.E).tolist(),
+            }  # fmt: skip
+        del experts, packed
+
+
+def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float) -> dict[str, float]:
+    name, rate = machine.compute_limit(limits, {torch.bfloat16: "bfloat16"}.get(dtype, "float32"))
+    return {name: operations / rate}
+
+
+def line(cell: dict[str, Any]) -> list[str]:
+    """A row of the table: all times, and how ours compare with the best of transformers and with the limit."""
+    theirs = {name: s for name, s in cell["seconds"].items() if name not in OURS and s}
+    best = min(theirs, key=theirs.__getitem__)
+
+    def ms(name: str) -> str:
+        seconds = cell["seconds"].get(name)
+        return f"{seconds * 1e3:.2f}" if seconds else "-"
+
+    def over(name: str, base: str) -> str:
+        ours, other = cell["seconds"].get(name), theirs.get(base)
+        return f"{other / ours:.2f}x" if ours and other else "-"
+
+    packed = cell["seconds"].get(OURS[1])
+    routing = "" if cell["routing"] == cases.UNIFORM else f", {cell['routing']}"
+    return [
+        f"{cell['dtype']}, M = {cell['M']}{routing}",
+        *(ms(name) for name in ("eager", "grouped_mm", "batched_mm", *OURS)),
+        over(OURS[0], "grouped_mm"), over(OURS[1], "grouped_mm"), f"{over(OURS[1], best)} {best}",
+        f"{cell['limit_seconds'] / packed:.0%} {cell['limit']}" if packed else "-",
+    ]  # fmt: skip
+
+
+HEADINGS = ("cell", "eager ms", "grouped_mm ms", "batched_mm ms", "ffn_ops ms", "packed ms",
+            "plain over grouped_mm", "packed over grouped_mm", "packed over the best",
+            "packed, of limit")  # fmt: skip
+
+
+def publish(source: Path) -> None:
+    """docs/moe-benchmarks.md, with a plot of the skewed routings, from a results file."""
+    from benchmarks import report
+
+    results = json.loads(source.read_text())
+    before, after = results["limits"]["before"], results["limits"]["after"]
+    limits = (f"{name} {before[name] / 1e9:.1f}, then {after[name] / 1e9:.1f} G/s" for name in before)
+    versions = results["versions"]
+    lines = [
+        "# Hugging Face's experts: benchmarks",
+        "",
+        f"Generated from [{source.name}](../benchmarks/results/{source.name}) by "
+        f"`python -m benchmarks.hugging_face --publish`; do not edit. Measured {results['time']} at commit "
+        f"{results['commit'][:12]}: {results['machine']['cpu']}, {results['threads']} threads, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}.",
+        "",
+        f"Limits: {'; '.join(limits)} ({results['drift']:.0%} drift).",
+        "",
+        "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is 1 "
+        "or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's own "
+        "parameters; packed: after `ffn_ops.hf.pack_`. of limit: the least time that reading the weights of "
+        "the experts hit, or the arithmetic, takes on this machine, over the time. zipf, one-expert, "
+        "empty-experts: skewed routings (benchmarks/cases.py).",
+        "",
+    ]
+    for model in MODELS:
+        found = [cell for cell in results["cells"] if cell["model"] == model.name]
+        if not found:
+            continue
+        sizes = f"H = {model.H}, I = {model.I}, {model.E} of {model.of} experts, top-{model.top_k}."
+        table = report.markdown(HEADINGS, [line(cell) for cell in found if "skipped" not in cell])
+        lines += [f"## {model.name}", "", sizes, "", *table, ""]
+        lines += [f"{cell['dtype']}: {cell['skipped']}." for cell in found if "skipped" in cell]
+    picture = plot_skew(results, PAGE.with_suffix("") / f"{source.stem}-skew.png")
+    lines += ["## Skew", "", f"![Times by routing]({picture.relative_to(PAGE.parent)})", ""]
+    PAGE.write_text("\n".join(lines))
+
+
+def plot_skew(results: dict[str, Any], out: Path) -> Path:
+    """Time of a prompt in bf16 over the uniform routing's, by model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    routings = (cases.UNIFORM, *cases.SKEWED)
+    figure, all_axes = pyplot.subplots(1, len(MODELS), figsize=(3.2 * len(MODELS), 3.2), squeeze=False)
+    for axes, model in zip(all_axes[0], MODELS, strict=True):
+        prompts = [c for c in results["cells"] if c.get("M") == ROWS[-1] and c["dtype"] == "bfloat16"]
+        found = {c["routing"]: c["seconds"] for c in prompts if c["model"] == model.name}
+        for name in ("grouped_mm", *OURS):
+            times = [found.get(routing, {}).get(name) for routing in routings]
+            axes.plot(routings, [t and t * 1e3 for t in times], marker="o", label=name)
+        axes.set_title(model.name)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(axis="x", rotation=30)
+    all_axes[0][0].set_ylabel("ms, 512 tokens, bf16")
+    all_axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    return out
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help="Names; all by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, as JSON.")] = None,
+    publish_from: Annotated[
+        Path | None, typer.Option("--publish", help="Make the page from results.")
+    ] = None,
+) -> None:
+    if publish_from is not None:
+        return publish(publish_from)
+    from rich.console import Console
+    from rich.table import Table
+
+    chosen = [model for model in MODELS if not models or model.name in models]
+    if not chosen:
+        raise typer.BadParameter(f"none of {', '.join(model.name for model in MODELS)} is among {models}")
+    threads, console = torch.get_num_threads(), Console()
+    results: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.hugging_face", *(models or ())]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "threads": threads, "machine": machine.describe(),
+        "versions": machine.versions(), "commit": machine.commit(ROOT), "cells": [],
+    }  # fmt: skip
+    before = machine.probe(threads)
+    with torch.inference_mode():
+        for model in chosen:
+            table = Table(*HEADINGS, title=f"{model.name}: {model.E} of {model.of} experts")
+            for cell in measure_model(model, before):
+                results["cells"].append(cell)
+                table.add_row(*(line(cell) if "skipped" not in cell else [cell["dtype"], cell["skipped"]]))
+            console.print(table)
+    after = machine.probe(threads)
+    results |= {"limits": {"before": before, "after": after}, "drift": machine.drift(before, after)}
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
