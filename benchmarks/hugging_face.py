@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.hugging_face`: the experts of Hugging Face's models, as transformers computes them and
-as ffn_ops does.
+"""`python -m benchmarks.hugging_face`: the experts of Hugging Face's models, as transformers computes them
+and as ffn_ops does.
 
     python -m benchmarks.hugging_face [MODEL ...] [--out FILE.json] [--publish FILE.json]
 
@@ -145,7 +145,7 @@ def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float
 
 
 def line(cell: dict[str, Any]) -> list[str]:
-    """A row of the table: all times, and how ours compare with the best of transformers and with the limit."""
+    """A row of the table: all times, and how ours compare with the best of transformers and the limit."""
     theirs = {name: s for name, s in cell["seconds"].items() if name not in OURS and s}
     best = min(theirs, key=theirs.__getitem__)
 
@@ -190,9 +190,9 @@ def publish(source: Path) -> None:
         "",
         f"Limits: {'; '.join(limits)} ({results['drift']:.0%} drift).",
         "",
-        "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is 1 "
-        "or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's own "
-        "parameters; packed: after `ffn_ops.hf.pack_`. of limit: the least time that reading the weights of "
+        "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is "
+        "1 or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's "
+        "own parameters; packed: after `ffn_ops.hf.pack_`. of limit: the least time that reading the weights of "
         "the experts hit, or the arithmetic, takes on this machine, over the time. zipf, one-expert, "
         "empty-experts: skewed routings (benchmarks/cases.py).",
         "",

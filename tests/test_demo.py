@@ -85,3 +85,11 @@ def test_a_missing_package_is_named_in_one_sentence(monkeypatch, missing, senten
     with pytest.raises(SystemExit) as stop:
         demo.main()
     assert str(stop.value) == sentence
+
+
+def test_both_experts_implementations_draw_the_same_words(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(demo, "_NEW_TOKENS", 8)
+    monkeypatch.setattr(demo, "_TIMED_ROUNDS", 1)
+    text = demo.generate()
+    assert text.eager == text.ffn_ops and len(text.eager.split()) == 8

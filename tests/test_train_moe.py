@@ -38,8 +38,8 @@ def plain(example: ModuleType) -> tuple[list[float], float]:
 def test_the_loss_curve_is_that_of_plain_pytorch(
     example: ModuleType, plain: tuple[list[float], float], recompute: bool
 ):
-    """Within twice that noise, since the errors of two runs add up, and a float32 of the loss. The text is large
-    and the losses fall, so that there is something to learn and to compare."""
+    """Within twice that noise, since the errors of two runs add up, and a float32 of the loss. The text is
+    large and the losses fall, so that there is something to learn and to compare."""
 
     class Layer(MoE):
         def __init__(self, *sizes: int, **options: Any) -> None:
