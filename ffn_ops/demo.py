@@ -173,7 +173,7 @@ def words(count: int) -> list[str]:
 
 
 def generate() -> Generation:
-    """Words that a small random Qwen3-MoE draws from one seed, with transformers' eager experts and with ffn_ops."""
+    """Words that a small random Qwen3-MoE draws from one seed, with both implementations of its experts."""
     transformers = importlib.import_module("transformers")
     vocabulary = words(1000)
     torch.manual_seed(0)
@@ -284,10 +284,9 @@ def main() -> None:
     with console.status("generating text with a mixture of experts"):
         text = generate()
     same = "the same" if text.eager == text.ffn_ops else "OTHER"
-    rates = [_NEW_TOKENS / seconds for seconds in (text.eager_seconds, text.ffn_ops_seconds)]
+    eager, ours = (_NEW_TOKENS / seconds for seconds in (text.eager_seconds, text.ffn_ops_seconds))
     console.print(
-        f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {rates[0]:.0f} a second "
-        f'with transformers\' eager experts, {rates[1]:.0f} with experts_implementation="ffn_ops", and {same} '
-        "words:"
+        f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {eager:.0f} a second with "
+        f'transformers\' eager experts, {ours:.0f} with experts_implementation="ffn_ops", and {same} words:'
     )
     console.print(text.ffn_ops, style="dim")
