@@ -286,7 +286,7 @@ def main() -> None:
     same = "the same" if text.eager == text.ffn_ops else "OTHER"
     eager, ours = (_NEW_TOKENS / seconds for seconds in (text.eager_seconds, text.ffn_ops_seconds))
     console.print(
-        f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {eager:.0f} a second with "
-        f'transformers\' eager experts, {ours:.0f} with experts_implementation="ffn_ops", and {same} words:'
+        f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {eager:.0f} a second "
+        f'with transformers\' eager experts, {ours:.0f} with experts_implementation="ffn_ops", and {same} words:'
     )
     console.print(text.ffn_ops, style="dim")
