@@ -196,7 +196,7 @@ def generate() -> Generation:
             times.append(time.perf_counter() - start)
         texts.append(" ".join(vocabulary[token] for token in tokens))
         seconds.append(statistics.median(times))
-    return Generation(*texts, *seconds)
+    return Generation(texts[0], texts[1], seconds[0], seconds[1])
 
 
 def _batches(tokenizer: Any, texts: list[str]) -> list[Batch]:
@@ -287,6 +287,6 @@ def main() -> None:
     eager, ours = (_NEW_TOKENS / seconds for seconds in (text.eager_seconds, text.ffn_ops_seconds))
     console.print(
         f"\nA small random Qwen3-MoE (4 layers of 32 experts), {_NEW_TOKENS} tokens: {eager:.0f} a second "
-        f'with transformers\' eager experts, {ours:.0f} with experts_implementation="ffn_ops", and {same} words:'
+        f'with transformers\' eager experts, {ours:.0f} with experts_implementation="ffn_ops", {same} words:'
     )
     console.print(text.ffn_ops, style="dim")
