@@ -15,6 +15,7 @@ from ffn_ops.layer import FFN
 from ffn_ops.moe import MoE, load_statistics
 from ffn_ops.op import current_target, ffn, npu_ffn, target
 from ffn_ops.packing import prepack, unpack
+from ffn_ops.patch import patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
     "load_statistics",
     "npu_ffn",
     "packing",
+    "patch",
     "prepack",
     "target",
     "unpack",
+    "unpatch",
 ]
