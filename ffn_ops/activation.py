@@ -25,7 +25,7 @@ def _fastgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (s + 1.702 * x * s * (1 - s))
 
 
-_FORMULAS = {
+FORMULAS = {
     "fastgelu": _Formula(lambda x: x * torch.sigmoid(1.702 * x), _fastgelu_backward),
     "gelu": _Formula(
         lambda x: F.gelu(x, approximate="tanh"),
@@ -42,16 +42,16 @@ GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}  # what each GLU do
 def activate(x: Tensor, activation: str, activate_left: bool = False) -> Tensor:
     """The activation of x [..., N1]; a GLU is left * act(right) of x's halves, or act(left) * right."""
     if activation not in GATES:
-        return _FORMULAS[activation].value(x)
+        return FORMULAS[activation].value(x)
     up, gate = _halves(x, activate_left)
-    return up * _FORMULAS[GATES[activation]].value(gate)
+    return up * FORMULAS[GATES[activation]].value(gate)
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str, activate_left: bool = False) -> Tensor:
     """The gradient of x from that of activate(x, ...)."""
     if activation not in GATES:
-        return _FORMULAS[activation].backward(grad, x)
-    formula = _FORMULAS[GATES[activation]]
+        return FORMULAS[activation].backward(grad, x)
+    formula = FORMULAS[GATES[activation]]
     up, gate = _halves(x, activate_left)
     parts = grad * formula.value(gate), formula.backward(grad * up, gate)
     return torch.cat(parts[::-1] if activate_left else parts, dim=-1)

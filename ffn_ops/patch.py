@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,18 +24,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ffn_ops import contract
+from ffn_ops.activation import FORMULAS
 from ffn_ops.contract import ContractError
 
 _DTYPES = tuple(getattr(torch, mode.x) for mode in contract.MODES if mode.name in contract.FLOAT_MODES)
-# The operator's activations. Which of them a module is, is told by what it computes (_form).
-_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "fastgelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Row(NamedTuple):
@@ -408,8 +400,8 @@ def _form(module: nn.Module) -> str | None:
     if not isinstance(y, Tensor) or y.shape != _grid().shape:
         return None
     for name in contract.ACTIVATIONS:
-        formula = _FORMULAS.get(name)
-        if formula and bool(((y - formula(_grid())).abs() <= 2**-27 * _grid().abs()).all()):
+        formula = FORMULAS.get(name)
+        if formula and bool(((y - formula.value(_grid())).abs() <= 2**-27 * _grid().abs()).all()):
             return name
     return None
 
