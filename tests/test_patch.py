@@ -717,7 +717,7 @@ def loop(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, form: 
         for slot, e in enumerate(ids[t].tolist()):
             if e < len(w1):
                 b1, b2 = (0 if bias is None else bias[e] for bias in (biases["bias1"], biases["bias2"]))
-                h = patching._FORMULAS[form](x[t] @ w1[e] + b1)
+                h = patching.FORMULAS[form].value(x[t] @ w1[e] + b1)
                 y[t] += weights[t, slot].to(x.dtype) * (h @ w2[e] + b2)
     return y
 
