@@ -187,12 +187,13 @@ class MoE(Packable):
                 f"activation is {activation!r}, but it must be one of {', '.join(ACTIVATIONS)} (name one)"
             )
         _check_routing(num_experts, top_k, router, n_group, topk_group)
-        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_experts, self.top_k, self.shared_experts = num_experts, top_k, shared_experts
         self.activation, self.alpha, self.limit = activation, alpha, limit
         self.router, self.renormalize, self.scaling = router, renormalize, scaling
         self.n_group, self.topk_group, self.recompute = n_group, topk_group, recompute
         E, K2 = num_experts, intermediate_size
-        glu = 2 if activation in (*GATES, CLAMPED_SWIGLU) else 1
+        self._halves = glu = 2 if activation in (*GATES, CLAMPED_SWIGLU) else 1
 
         def parameter(*sizes: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*sizes, device=device, dtype=dtype))
@@ -241,7 +242,7 @@ class MoE(Packable):
             if self._fuses(x):
                 y = y + torch.ops.ffn.ffn(tokens, *weights, self.activation, everyone)
             else:
-                y = y + self._unfused(tokens, everyone, *weights)
+                y = y + self._unfused(tokens, everyone, *weights, wide=self.shared_experts)
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -264,14 +265,15 @@ class MoE(Packable):
 
     def _unfused(
         self, rows: Tensor, expert_tokens: Tensor, weight1: Tensor, weight2: Tensor,
-        bias1: Tensor | None = None, bias2: Tensor | None = None,
+        bias1: Tensor | None = None, bias2: Tensor | None = None, wide: int = 1,
     ) -> Tensor:  # fmt: skip
-        h = torch.ops.ffn.grouped_mm(rows, weight1, expert_tokens, bias1)
+        N1 = self._halves * self.intermediate_size * wide
+        h = torch.ops.ffn.grouped_mm(rows, weight1, expert_tokens, bias1, N=N1)
         if self.activation == CLAMPED_SWIGLU:
             h = clamped_swiglu(h, self.alpha, self.limit)
         else:
             h = activate(h, self.activation)
-        return torch.ops.ffn.grouped_mm(h, weight2, expert_tokens, bias2)
+        return torch.ops.ffn.grouped_mm(h, weight2, expert_tokens, bias2, N=self.hidden_size)
 
     @staticmethod
     def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -177,12 +177,14 @@ NO_GRADIENT = (
 
 
 @torch.library.register_fake("ffn::grouped_mm")
-def _fake_grouped_mm(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None) -> Tensor:
-    if is_packed(weight):
+def _fake_grouped_mm(
+    x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None, *, N: int | None = None
+) -> Tensor:
+    if is_packed(weight) and N is None:
         raise RuntimeError(
-            "weight is prepacked, but then its N is not known while tracing (give grouped_mm a plain weight)"
+            "weight is prepacked, but its N cannot be read while tracing (pass N to grouped_mm)"
         )
-    return x.new_empty(x.shape[0], weight.shape[-1])
+    return x.new_empty(x.shape[0], weight.shape[-1] if N is None else N)
 
 
 @torch.library.register_fake("ffn::grouped_outer")
@@ -240,7 +242,7 @@ def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (dx, None, dweights, of.weight1, of.weight2, None, of.bias1, of.bias2, *none)
 
 
-def _keep_grouped(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _keep_grouped(ctx: Any, inputs: Sequence[Any], output: Tensor, keyword_only_inputs: Any = None) -> None:
     ctx.save_for_backward(*inputs)
 
 

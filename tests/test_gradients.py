@@ -304,6 +304,7 @@ SENTENCES = {
     "expert_tokens[0] is -1, but": {"expert_tokens": torch.tensor([-1, 4])},
     "bias has shape [3], but": {"bias": torch.zeros(3)},
     "bias has another dtype than x, but": {"bias": torch.zeros(2, 3).half()},
+    "N is 4, but weight has N = 3 columns": {"N": 4},
 }
 
 

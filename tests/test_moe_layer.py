@@ -197,6 +197,8 @@ def test_packed(activation: str):
         plain = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
         packed = copy.deepcopy(moe).pack_()
         assert "packed" in repr(packed) and torch.equal(packed(x), y)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), y)
         other = MoE(24, 16, 4, 2, activation=activation, bias=True, shared_experts=1)
         other.load_state_dict(packed.state_dict())
         assert torch.equal(other(x), y)

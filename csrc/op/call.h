@@ -108,7 +108,9 @@ void RunInTorch(const Run& run, const ScratchBytes& scratch_bytes) {
 Tensor MoeCpu(const Arguments& arguments, bool activate_left);
 
 // torch.ops.ffn.grouped_mm and grouped_outer on the CPU.
-Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias);
+// wanted_N, if given, must be the weight's N: what a prepacked one has cannot be known while tracing.
+Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias,
+                 std::optional<int64_t> wanted_N);
 Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens);
 
 // What ffn_ops.prepack and unpack are made of. NewBlock has the header and room for weights like `weight` of

@@ -74,7 +74,8 @@ void RunOneProduct(const cpu::Problem& problem) {
 
 }  // namespace
 
-Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias) {
+Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias,
+                 std::optional<int64_t> wanted_N) {
   cpu::Problem problem;
   std::vector<Tensor> kept;
   problem.x_dtype = problem.y_dtype = FloatOf("x", x);
@@ -89,6 +90,9 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   Require(spec.dtype == x_spec[static_cast<int>(problem.x_dtype)],
           "weight has another dtype than x, but a product takes two of one dtype (cast one of them)");
   const int64_t M = x.size(0), E = spec.shape[0], K = spec.shape[1], N = spec.shape[2];
+  Require(!wanted_N || *wanted_N == N, "N is " + std::to_string(wanted_N.value_or(N)) +
+                                           ", but weight has N = " + std::to_string(N) +
+                                           " columns (leave it out, or correct it)");
   const std::vector<int64_t> row_ends = RowEnds(expert_tokens, E, M, kept);
   problem.weight_dtype = problem.x_dtype;
   problem.M = row_ends.empty() ? 0 : row_ends.back();

@@ -78,7 +78,9 @@ STABLE_TORCH_LIBRARY(ffn, m) {
   m.def("ffn(" FFN_SCHEMA ") -> Tensor");
   m.def("ffn.out(" FFN_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("moe(" MOE_SCHEMA ") -> Tensor");
-  m.def("grouped_mm(Tensor x, Tensor weight, Tensor expert_tokens, Tensor? bias=None) -> Tensor");
+  m.def(
+      "grouped_mm(Tensor x, Tensor weight, Tensor expert_tokens, Tensor? bias=None, *, int? N=None) -> "
+      "Tensor");
   m.def("grouped_outer(Tensor x, Tensor grad, Tensor expert_tokens) -> Tensor");
   m.def("new_block(Tensor weight, int E) -> Tensor");
   m.def("pack_expert(Tensor(a!) block, Tensor weight, int expert) -> ()");
