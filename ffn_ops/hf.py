@@ -246,7 +246,8 @@ class PackedWeight(Tensor):
     def __new__(
         cls, block: Tensor, shape: Sequence[int], dtype: torch.dtype, label: str, is_transposed: bool
     ) -> "PackedWeight":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=block.device)
+        with torch.inference_mode(False):  # detach() of a tensor that belongs to the mode would fail
+            self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=block.device)
         self.block, self.label, self.is_transposed = block, label, is_transposed
         return self
 
@@ -375,6 +376,7 @@ class Packed(NamedTuple):
     skipped: dict[str, str]  # full names of experts modules, and why
 
 
+@torch.inference_mode(False)  # else the packed weights could be used in that mode only
 @torch.no_grad()
 def pack_(model: nn.Module) -> Packed:
     """Replaces the weights of the model's experts by prepacked ones, in place, for inference on the CPU.

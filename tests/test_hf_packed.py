@@ -161,6 +161,17 @@ def test_layers_that_share_a_weight_share_its_packed_form():
     torch.testing.assert_close(second(*call), y)
 
 
+def test_packed_in_inference_mode_and_used_outside():
+    module, call = experts("MixtralExperts"), inputs()
+    with torch.inference_mode():
+        hf.pack_(module)
+        assert same(module.state_dict(), experts("MixtralExperts").state_dict())
+        module(*call)
+    x = call[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="ffn has no gradient beside integer or prepacked weights"):
+        module(x, *call[1:]).sum().backward()
+
+
 def test_originals_are_freed_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
     layers = nn.ModuleList([experts("MixtralExperts"), experts("GptOssExperts")])
     weights = [weakref.ref(p) for p in layers.parameters() if p.dim() == 3]
