@@ -95,10 +95,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     weight1, weight2 = _operand(self, up), _operand(self, down)
     activation = _activation(self)
     if activation is None:
+        columns = 2 if self.is_transposed else 1
         rows, expert_tokens, order = permute(hidden_states, top_k_index, self.num_experts)
-        inner = torch.ops.ffn.grouped_mm(rows, weight1, expert_tokens, biases[0])
+        inner = torch.ops.ffn.grouped_mm(rows, weight1, expert_tokens, biases[0], N=up.shape[columns])
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        y = torch.ops.ffn.grouped_mm(inner, weight2, expert_tokens, biases[1])
+        y = torch.ops.ffn.grouped_mm(inner, weight2, expert_tokens, biases[1], N=down.shape[columns])
         if _has_norm(self):
             y = self.post_expert_norm(y)
         return combine(y, top_k_weights, order)
