@@ -203,7 +203,7 @@ def publish(source: Path) -> None:
         "",
         "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is "
         "1 or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's "
-        "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed, where "
+        "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed if "
         "there is that. of limit: the least time that reading the weights of the experts hit, or the "
         "arithmetic, takes on this machine, over the time. zipf, one-expert and "
         "empty-experts are skewed routings (benchmarks/cases.py).",
