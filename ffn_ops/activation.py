@@ -25,15 +25,28 @@ def _fastgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (s + 1.702 * x * s * (1 - s))
 
 
+def _gelu(form: str) -> _Formula:
+    """Either form. On an NPU not torch's operators, which torch_npu makes one and the same for both."""
+
+    def value(x: Tensor) -> Tensor:
+        if x.device.type == "npu":
+            return torch.ops.npu.npu_gelu(x, approximate=form)
+        return F.gelu(x, approximate=form)
+
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        if x.device.type == "npu":
+            return torch.ops.npu.npu_gelu_backward(grad, x, approximate=form)
+        return _aten.gelu_backward(grad, x, approximate=form)
+
+    return _Formula(value, backward)
+
+
 FORMULAS = {
     "fastgelu": _Formula(lambda x: x * torch.sigmoid(1.702 * x), _fastgelu_backward),
-    "gelu": _Formula(
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
+    "gelu": _gelu("tanh"),
     "relu": _Formula(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
     "silu": _Formula(F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
-    "gelu_erf": _Formula(F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
+    "gelu_erf": _gelu("none"),
     "relu2": _Formula(lambda x: F.relu(x).square(), lambda grad, x: grad * 2 * F.relu(x)),
 }
 GATES = {"geglu": "gelu", "swiglu": "silu", "reglu": "relu"}  # what each GLU does to one of its halves

@@ -14,14 +14,16 @@ Source: the vendor's aclnnFFNV3 documentation and checks; docs/architecture.md s
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 GLU = ("geglu", "swiglu", "reglu")
 ACTIVATIONS = ("fastgelu", "gelu", "relu", "silu", "gelu_erf", "relu2", *GLU)
 VENDOR_ACTIVATIONS = (*ACTIVATIONS[:4], *GLU)  # aclnnFFNV3's
-ROUTES = ("cpu", "fused")  # the CPU kernels; aclnnFFNV3
+# The CPU kernels; aclnnFFNV3; npu_grouped_matmul, activation, npu_grouped_matmul, which only ffn.moe takes.
+ROUTES = ("cpu", "fused", "grouped")
 # Target -> the implemented routes that may carry a call there, best first.
-TARGETS = {"cpu": ("cpu",), "ascend910b": ("fused",), "ascend310p": ("fused",)}
+TARGETS = {"cpu": ("cpu",), "ascend910b": ("fused", "grouped"), "ascend310p": ("fused",)}
 
 # Every dtype a tensor may arrive with, and its bits per element; "other" stands for all the rest.
 DTYPES = {
@@ -51,16 +53,16 @@ class Mode(NamedTuple):
 # The dtypes of x, weight1 and (for int8 x) output_dtype choose the mode; the first row is output_dtype's
 # default.
 MODES = (
-    #    name          routes       x           weight      y           bias
-    Mode("float32",    "cpu",       "float32",  "float32",  "float32",  "float32"),
-    Mode("fp16",       "cpu fused", "float16",  "float16",  "float16",  "float16"),
-    Mode("bf16",       "cpu fused", "bfloat16", "bfloat16", "bfloat16", "float32"),
-    Mode("w8a8",       "cpu fused", "int8",     "int8",     "float16",  "int32", "float32", "uint64 int64 float32"),
-    Mode("w8a8_bf16",  "cpu fused", "int8",     "int8",     "bfloat16", "int32", "float32", "bfloat16"),
-    Mode("w8a16",      "cpu fused", "float16",  "int8",     "float16",  "float16", antiquant="float16"),
-    Mode("w8a16_bf16", "cpu fused", "bfloat16", "int8",     "bfloat16", "float32", antiquant="bfloat16"),
-    Mode("w4a16",      "cpu fused", "float16",  "int4",     "float16",  "float16", antiquant="float16"),
-    Mode("w4a16_bf16", "cpu fused", "bfloat16", "int4",     "bfloat16", "float32", antiquant="bfloat16"),
+    #    name          routes               x           weight      y           bias
+    Mode("float32",    "cpu",               "float32",  "float32",  "float32",  "float32"),
+    Mode("fp16",       "cpu fused grouped", "float16",  "float16",  "float16",  "float16"),
+    Mode("bf16",       "cpu fused grouped", "bfloat16", "bfloat16", "bfloat16", "float32"),
+    Mode("w8a8",       "cpu fused",         "int8",     "int8",     "float16",  "int32", "float32", "uint64 int64 float32"),
+    Mode("w8a8_bf16",  "cpu fused",         "int8",     "int8",     "bfloat16", "int32", "float32", "bfloat16"),
+    Mode("w8a16",      "cpu fused grouped", "float16",  "int8",     "float16",  "float16", antiquant="float16"),
+    Mode("w8a16_bf16", "cpu fused grouped", "bfloat16", "int8",     "bfloat16", "float32", antiquant="bfloat16"),
+    Mode("w4a16",      "cpu fused grouped", "float16",  "int4",     "float16",  "float16", antiquant="float16"),
+    Mode("w4a16_bf16", "cpu fused grouped", "bfloat16", "int4",     "bfloat16", "float32", antiquant="bfloat16"),
 )  # fmt: skip
 FLOAT_MODES = ("float32", "fp16", "bf16")
 
@@ -159,6 +161,10 @@ class Rule(NamedTuple):
     text: str
 
 
+EVERY = " ".join(ROUTES)
+NPU = "fused grouped"
+
+
 def _operand_rules() -> Iterator[Rule]:
     """Presence, then dtype, of every operand against the mode's columns."""
     families = {
@@ -169,9 +175,9 @@ def _operand_rules() -> Iterator[Rule]:
     for name, operand in OPERANDS.items():
         if operand.column in families:
             fix = families[operand.column]
-            yield Rule(f"{name}-needed", "cpu fused", (), "given", (name,),
+            yield Rule(f"{name}-needed", EVERY, (), "given", (name,),
                        f"{name} is missing, but mode {{mode}} needs it ({fix})")  # fmt: skip
-            yield Rule(f"{name}-unused", "cpu fused", (), "left_out", (name,),
+            yield Rule(f"{name}-unused", EVERY, (), "left_out", (name,),
                        f"{name} is given, but mode {{mode}} takes none ({fix})")  # fmt: skip
     for name in (
         "output_dtype",
@@ -179,69 +185,72 @@ def _operand_rules() -> Iterator[Rule]:
     ):  # it may be why others fail
         operand = OPERANDS[name]
         if name not in ("x", "weight1"):  # these two choose the mode
-            yield Rule(f"{name}-dtype", "cpu fused", (), "dtype", (name,),
+            yield Rule(f"{name}-dtype", EVERY, (), "dtype", (name,),
                        f"{name} is {{dtype}}, but mode {{mode}} takes {{dtypes}} ({operand.dtype_fix})")  # fmt: skip
 
 
 def _shape_rules() -> Iterator[Rule]:
     for name, operand in OPERANDS.items():
         if operand.shapes:
-            yield Rule(f"{name}-shape", "cpu fused", (), "shape", (name,),
+            yield Rule(f"{name}-shape", EVERY, (), "shape", (name,),
                        f"{name} has shape {{shape}}, but it must be {{pattern}} ({operand.shape_fix})")  # fmt: skip
 
 
 _PAIRS = ", ".join(dict.fromkeys(f"{mode.x} with {mode.weight}" for mode in MODES))
-BOTH = "cpu fused"
 # In the order in which they are reported.
 RULES = (
-    Rule("activation", BOTH, (), "known_activation", (),
+    Rule("activation", EVERY, (), "known_activation", (),
          f"activation is {{activation}}, but it must be one of {', '.join(ACTIVATIONS)} (gelu is the tanh form, gelu_erf the exact one, fastgelu x * sigmoid(1.702 x), relu2 relu squared)"),
-    Rule("mode", BOTH, (), "known_mode", (),
+    Rule("mode", EVERY, (), "known_mode", (),
          f"x is {{x.dtype}} and weight1 is {{weight1.dtype}}, but the pairs that run are {_PAIRS} (cast x and the weights to one of them)"),
-    Rule("moe-on-npu", "fused", (), "one_of", ("moe", 0),
-         "topk_ids is given, but torch.ops.ffn.moe runs on the cpu target only (sort the rows by expert and pass expert_tokens)"),
-    Rule("mode-on-npu", "fused", (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
+    Rule("moe-310p", "fused", ("310p",), "one_of", ("moe", 0),
+         "topk_ids is given, but ascend310p has dense calls only (run torch.ops.ffn.moe on a 910B, or on the CPU)"),
+    Rule("grouped-is-moe", "grouped", (), "one_of", ("moe", 1),
+         "topk_ids is missing, but only torch.ops.ffn.moe takes the route grouped (give it topk_ids and topk_weights)"),
+    Rule("mode-on-npu", NPU, (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
+    Rule("mode-grouped", "grouped", (), "one_of", ("mode", *(mode.name for mode in MODES if "grouped" in mode.routes.split())),
+         "mode {mode} is aclnnFFNV3's alone, for between grouped products nothing quantizes again (use 16-bit x, with integer weights if need be)"),
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
          "mode {mode} does not exist on ascend310p, which has fp16 only (use float16 x and weights)"),
     Rule("activation-on-npu", "fused", (), "one_of", ("activation", *VENDOR_ACTIVATIONS),
-         "activation is {activation}, but aclnnFFNV3 has fastgelu, gelu, relu, silu and their GLUs only (use one of these, or the cpu target)"),
+         "activation is {activation}, but aclnnFFNV3 has fastgelu, gelu, relu, silu and their GLUs only (use one of these, or torch.ops.ffn.moe beside 16-bit x)"),
     Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *VENDOR_ACTIVATIONS[:4]),
          "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use one of these, or a 910B or the CPU for a GLU)"),
     *_operand_rules(),
-    Rule("topk_ids-needed", BOTH, ("moe",), "given", ("topk_ids",),
+    Rule("topk_ids-needed", EVERY, ("moe",), "given", ("topk_ids",),
          "topk_ids is missing, but topk_weights is given and they go together (pass both)"),
-    Rule("topk_weights-needed", BOTH, ("moe",), "given", ("topk_weights",),
+    Rule("topk_weights-needed", EVERY, ("moe",), "given", ("topk_weights",),
          "topk_weights is missing, but topk_ids is given and they go together (pass both)"),
-    Rule("tokens-or-ids", BOTH, ("moe",), "one_of", ("expert_tokens.dtype",),
+    Rule("tokens-or-ids", EVERY, ("moe",), "one_of", ("expert_tokens.dtype",),
          "expert_tokens is {expert_tokens.dtype} and topk_ids is given too, but rows go to experts by one of them (leave one out)"),
-    Rule("deq_scale-same-dtype", BOTH, (), "equal", ("deq_scale1.dtype", 1, "deq_scale2.dtype"),
+    Rule("deq_scale-same-dtype", EVERY, (), "equal", ("deq_scale1.dtype", 1, "deq_scale2.dtype"),
          "deq_scale2 is {deq_scale2.dtype}, but deq_scale1 is {deq_scale1.dtype} and both must have one dtype (convert one of them)"),
     Rule("per-channel-scale-needs-packed-deq_scale", "fused", ("per channel",), "one_of",
          ("deq_scale1.dtype", "uint64", "int64", "bfloat16"),
          "deq_scale1 is {deq_scale1.dtype}, but a per-channel scale excludes float32 (convert it with ffn_ops.packing.pack_deq_scale)"),
-    Rule("x-rank", BOTH, (), "between", ("rank", 2, 8),
+    Rule("x-rank", EVERY, (), "between", ("rank", 2, 8),
          "x is of rank {rank}, but the operator takes 2 to 8 dimensions (reshape x; x[None] adds one)"),
     *_shape_rules(),
-    Rule("glu-columns", BOTH, ("glu",), "equal", ("N1", 2, "K2"),
+    Rule("glu-columns", EVERY, ("glu",), "equal", ("N1", 2, "K2"),
          "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = 2 * K2 (weight1 holds both halves, and both weights are [K, N])"),
-    Rule("columns", BOTH, ("not glu",), "equal", ("N1", 1, "K2"),
+    Rule("columns", EVERY, ("not glu",), "equal", ("N1", 1, "K2"),
          "weight1 has N1 = {N1} columns and weight2 K2 = {K2} rows, but {activation} needs N1 = K2 (is one of them not yet transposed to [K, N]?)"),
-    Rule("output-size", BOTH, (), "equal", ("N2", 1, "K1"),
+    Rule("output-size", EVERY, (), "equal", ("N2", 1, "K1"),
          "weight2 has N2 = {N2} columns, but y has x's shape, so N2 must be K1 = {K1} (pad or project outside)"),
-    Rule("int4-even-columns1", BOTH, ("int4",), "multiple", ("N1", 2),
+    Rule("int4-even-columns1", EVERY, ("int4",), "multiple", ("N1", 2),
          "weight1 has N1 = {N1} int4 columns, but two share a byte, so N1 must be even (pad a column)"),
-    Rule("int4-even-columns2", BOTH, ("int4",), "multiple", ("N2", 2),
+    Rule("int4-even-columns2", EVERY, ("int4",), "multiple", ("N2", 2),
          "weight2 has N2 = {N2} int4 columns, but two share a byte, so N2 must be even (pad a column)"),
-    Rule("per-group-int4-only", "fused", ("per group",), "one_of", ("weight1.dtype", "int4"),
+    Rule("per-group-int4-only", NPU, ("per group",), "one_of", ("weight1.dtype", "int4"),
          "weight1 is {weight1.dtype}, but per-group antiquant scales are for int4 weights (use [N] scales, or int4 weights)"),
-    Rule("groups1", BOTH, ("per group",), "between", ("G1", 1, 2**63 - 1),
+    Rule("groups1", EVERY, ("per group",), "between", ("G1", 1, 2**63 - 1),
          "antiquant_scale1 has G1 = {G1} groups, but there must be at least one (use [1, N1])"),
-    Rule("groups2", BOTH, ("per group",), "between", ("G2", 1, 2**63 - 1),
+    Rule("groups2", EVERY, ("per group",), "between", ("G2", 1, 2**63 - 1),
          "antiquant_scale2 has G2 = {G2} groups, but there must be at least one (use [1, N2])"),
-    Rule("groups1-divide", BOTH, ("per group",), "multiple", ("K1", "G1"),
+    Rule("groups1-divide", EVERY, ("per group",), "multiple", ("K1", "G1"),
          "antiquant_scale1 has G1 = {G1} groups, but they must divide K1 = {K1} (choose another group size)"),
-    Rule("groups2-divide", BOTH, ("per group",), "multiple", ("K2", "G2"),
+    Rule("groups2-divide", EVERY, ("per group",), "multiple", ("K2", "G2"),
          "antiquant_scale2 has G2 = {G2} groups, but they must divide K2 = {K2} (choose another group size)"),
     Rule("K1-limit", "fused", (), "between", ("K1", 0, 65535),
          "weight1 has K1 = {K1} rows, but aclnnFFNV3 takes at most 65535 (split the layer)"),
@@ -258,24 +267,36 @@ RULES = (
     Rule("M-limit-int8", "fused", ("int8 x",), "between", ("M", 0, 2147483616),
          "x has M = {M} rows, but aclnnFFNV3 takes at most 2147483616 of int8 (split x)"),
     Rule("E-limit", "fused", ("experts",), "between", ("E", 1, 256),
-         "expert_tokens has E = {E} entries, but aclnnFFNV3 takes at most 256 experts (split the experts over two calls)"),
+         "there are E = {E} experts, but aclnnFFNV3 takes 1 to 256 (split them over two calls, or use torch.ops.ffn.moe beside 16-bit x)"),
     Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
-         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights)"),
+         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights, or torch.ops.ffn.moe beside 16-bit x)"),
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
-         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use the cpu target)"),
+         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use torch.ops.ffn.moe, which takes topk_ids instead of expert_tokens)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
          "x is of rank {rank}, but ascend310p takes exactly 2 dimensions (flatten the leading ones)"),
     Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
          "expert_tokens names E = {E} experts, but ascend310p has dense calls only (call once for each expert)"),
-    Rule("inner_precise", BOTH, (), "one_of", ("inner_precise", 0, 1),
+    # Of one weight for all groups, npu_grouped_matmul's documentation takes 1024; of x and weight, a last axis, which
+    # is K1, N1 or K2 depending on who is transposed, below 65536. It says nothing of empty ones.
+    Rule("E-limit-grouped", "grouped", (), "between", ("E", 0, 1024),
+         "there are E = {E} experts, but npu_grouped_matmul takes at most 1024 (split them over two calls, where an id of E or more is skipped)"),
+    Rule("K1-limit-grouped", "grouped", (), "between", ("K1", 0, 65535),
+         "weight1 has K1 = {K1} rows, but npu_grouped_matmul takes at most 65535 (split the layer)"),
+    Rule("N1-limit-grouped", "grouped", (), "between", ("N1", 1, 65535),
+         "weight1 has N1 = {N1} columns, but npu_grouped_matmul takes 1 to 65535 (split the layer)"),
+    Rule("int4-words1", "grouped", ("int4",), "multiple", ("N1", 8),
+         "weight1 has N1 = {N1} int4 columns, but npu_grouped_matmul takes them by eight in an int32 (pad columns)"),
+    Rule("int4-words2", "grouped", ("int4",), "multiple", ("N2", 8),
+         "weight2 has N2 = {N2} int4 columns, but npu_grouped_matmul takes them by eight in an int32 (pad columns)"),
+    Rule("inner_precise", EVERY, (), "one_of", ("inner_precise", 0, 1),
          "inner_precise is {inner_precise}, but it must be 0 (high precision) or 1 (high performance) (leave it out for the default)"),
-    Rule("inner_precise-bf16", BOTH, ("bf16", "not glu"), "one_of", ("inner_precise", 0),
+    Rule("inner_precise-bf16", EVERY, ("bf16", "not glu"), "one_of", ("inner_precise", 0),
          "inner_precise is {inner_precise}, but mode bf16 has high precision only (pass 0, or leave it out)"),
     Rule("inner_precise-glu", "fused", ("glu",), "one_of", ("inner_precise", 1),
          "inner_precise is {inner_precise}, but {activation} has high performance only (pass inner_precise=1)"),
     Rule("inner_precise-310p", "fused", ("310p",), "one_of", ("inner_precise", 1),
          "inner_precise is {inner_precise}, but ascend310p has high performance only (pass inner_precise=1)"),
-    Rule("addressable", BOTH, (), "addressable", (),
+    Rule("addressable", EVERY, (), "addressable", (),
          "the shapes hold 2**63 bytes or more in one tensor, which no memory has (check the sizes)"),
 )  # fmt: skip
 
@@ -367,18 +388,27 @@ def resolve(
     """Checks a call for `target` and returns its plan.
 
     `specs` maps names of OPERANDS to what is known of them; absent operands are left out, and the argument
-    output_dtype is given as Spec(dtype, ()). Raises ContractError with the first violated rule of the
-    target's first route if no route takes the call.
+    output_dtype is given as Spec(dtype, ()). If no route takes the call, raises ContractError with the first
+    violated rule of the route that is `nearest`.
     """
     call = _describe(specs, activation, inner_precise, target)
-    first = None
+    routes: dict[str, tuple[Violation, ...]] = {}
     for route in TARGETS[target]:
-        broken = next(_violations(call, route), None)
-        if broken is None:
+        routes[route] = tuple(islice(_violations(call, route), 1))
+        if not routes[route]:
             return _plan(call, route)
-        first = first or broken
-    assert first is not None
-    raise ContractError(first.text)
+    raise ContractError(routes[nearest(routes)][0].text)
+
+
+def nearest(routes: Mapping[str, Sequence[Violation]]) -> str:
+    """The first route that takes the call, or else the one whose first violated rule is last in the table: it
+    was the closest to taking it, so its sentence is the one to act on."""
+    order = [rule.name for rule in RULES]
+    places = {
+        route: order.index(broken[0].rule) if broken and broken[0].rule in order else len(order)
+        for route, broken in routes.items()
+    }
+    return max(routes, key=lambda route: (not routes[route], places[route]))
 
 
 def violations(
@@ -683,5 +713,46 @@ def modes_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def routes_table() -> str:
+    """Which route takes which calls on the NPUs, in Markdown: what the rules say of a small call of each kind.
+    The 310P has nothing with experts."""
+    activations = {
+        ", ".join(f"`{name}`" for name in names): names[0]
+        for names in (VENDOR_ACTIVATIONS[:4], ACTIVATIONS[4:6], GLU)
+    }
+    kinds = {  # column -> target, E, whether it is a call of ffn.moe
+        "dense": ("ascend910b", 0, False),
+        "`expert_tokens`": ("ascend910b", 4, False),
+        "`ffn.moe`, E ≤ 256": ("ascend910b", 4, True),
+        "`ffn.moe`, E ≤ 1024": ("ascend910b", 1024, True),
+        "dense, 310P": ("ascend310p", 0, False),
+    }
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for label, activation in activations.items():
+        for mode in MODES:
+            cells = (_route(mode, activation, *kind) or "no" for kind in kinds.values())
+            rows.setdefault((label, *cells), []).append(f"`{mode.name}`")
+    lines = [("activation", "modes", *kinds), ("---",) * (2 + len(kinds))]
+    lines += [(label, ", ".join(modes), *cells) for (label, *cells), modes in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _route(mode: Mode, activation: str, target: str, E: int, moe: bool) -> str | None:
+    """The route of the smallest call of its kind, with nothing optional; None where all refuse."""
+    N1 = 32 if activation in GLU else 16
+    sizes = {"K1": 16, "N1": N1, "K2": 16, "N2": 16, "E": E, "top_k": 2, "1": 1, "*": 4}
+    specs = {"output_dtype": Spec(mode.y, ())}
+    routed = {"topk_ids", "topk_weights"} if moe else {"expert_tokens"} if E else set()
+    for name, operand in OPERANDS.items():
+        dtypes = getattr(mode, operand.column).split()
+        if dtypes and (name not in OPTIONAL or name in routed):
+            axes = next(shape.axes for shape in SHAPES[name] if int(E > 0) in shape.experts)
+            specs[name] = Spec(dtypes[0], tuple(sizes[axis] for axis in axes))
+    try:
+        return resolve(specs, activation, target=target).route
+    except ContractError:
+        return None
+
+
 if __name__ == "__main__":
-    print(modes_table(), end="")
+    print(modes_table(), routes_table(), sep="\n", end="")

@@ -24,9 +24,10 @@ _GLU_BASE_TILE = 128 * 256  # elements; the vendor's tiling picks it, so the GLU
 class Explanation:
     """What one target makes of one call. Prints as text.
 
-    routes: the target's routes, best first, each with every rule it breaks (none: the route takes the call).
+    routes: the routes that the operator has on the target, best first, each with every rule it breaks (none:
+    the route takes the call). grouped is ffn.moe's alone.
     plan: mode, sizes and route, when a route takes the call. workspace: bytes that aclnnFFNV3 would ask for,
-    an estimate from contract section f; None on the cpu target, whose kernels ask for none.
+    an estimate from contract section f; None by other routes.
     """
 
     target: str
@@ -49,8 +50,8 @@ class Explanation:
 
     @property
     def violations(self) -> tuple[Violation, ...]:
-        """Every rule that the best route breaks; empty when a route takes the call."""
-        return () if self.plan else next(iter(self.routes.values()))
+        """Every rule that the nearest route breaks; empty when a route takes the call."""
+        return () if self.plan else self.routes[contract.nearest(self.routes)]
 
     def __str__(self) -> str:
         lines = []
@@ -64,6 +65,8 @@ class Explanation:
         else:
             lines.append(f"{self.target} refuses this call")
         for route, violations in self.routes.items():
+            if not violations and route != self.route:
+                lines.append(f"  route {route} would take it too")
             for violation in violations:
                 lines.append(f"  route {route}, rule {violation.rule}: {violation.text}")
         return "\n".join(lines)
@@ -124,7 +127,10 @@ def explain(
     specs = {name: _spec(name, value) for name, value in given.items() if value is not None}
     tokens = _readable(expert_tokens)
     routes = {}
+    moe = topk_ids is not None or topk_weights is not None
     for route in contract.TARGETS[target]:
+        if route == "grouped" and not moe:
+            continue
         broken = contract.violations(specs, activation, route, inner_precise=inner_precise, target=target)
         routes[route] = broken or _token_violations(tokens, specs["x"], tokens_index_flag)
     plan = None
@@ -171,6 +177,8 @@ def _token_violations(tokens: list[int] | None, x: Spec, tokens_index_flag: bool
 def _workspace(plan: Plan, specs: Mapping[str, Spec], target: str) -> int:
     """Contract section f, for an Atlas 910B3; copies of non-contiguous inputs are not counted."""
     M, K1, N1, N2 = (plan.dims[name] or 0 for name in ("M", "K1", "N1", "N2"))
+    if plan.dims["top_k"] is not None:
+        M *= plan.dims["top_k"]
     E = max(plan.dims["E"] or 0, 1)
     if M == 0 or K1 == 0:
         return 0

@@ -96,7 +96,8 @@ def permute(x: Tensor, topk_ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor
     ids from E on are last and count nowhere.
     """
     ids = topk_ids.reshape(-1).long()
-    order = ids.argsort(stable=True)
+    # An NPU sorts integers on its slow core, and the numbers of experts are exact as floats.
+    order = (ids.clamp(max=E).float() if ids.device.type == "npu" else ids).argsort(stable=True)
     counts = torch.zeros(E + 1, dtype=torch.int64, device=x.device)
     counts = counts.scatter_add(0, ids.clamp(max=E), torch.ones_like(ids))
     return x[order // max(topk_ids.shape[-1], 1)], counts[:E], order
@@ -239,7 +240,9 @@ class MoE(Packable):
         if self.shared_weight1 is not None and self.shared_weight2 is not None:
             weights = (self.shared_weight1, self.shared_weight2)
             everyone = torch.full((1,), tokens.shape[0], device=x.device)
-            if self._fuses(x):
+            # With experts aclnnFFNV3 has only these, and a single one counts too.
+            known = x.device.type != "npu" or self.activation in contract.VENDOR_ACTIVATIONS[:4]
+            if known and self._fuses(x):
                 y = y + torch.ops.ffn.ffn(tokens, *weights, self.activation, everyone)
             else:
                 y = y + self._unfused(tokens, everyone, *weights, wide=self.shared_experts)

@@ -6,6 +6,7 @@ The schema and the CPU kernel are in csrc/op; what is legal is in contract.py.
 
 import contextlib
 import ctypes
+import functools
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,30 +94,44 @@ def _check(
 
     What a prepacked weight holds cannot be known from a fake one, so such a call is checked when it runs.
     """
-    given = {"x": x, "weight1": weight1, "weight2": weight2, **operands}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    specs = {}
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"{name} is on {tensor.device} and x on {x.device}, but all tensors of a call must be on one "
-                "device (move one of them there)"
-            )
-        specs[name] = spec_of(name, tensor)
-        if name in ("x", "topk_ids", "topk_weights", "out") and specs[name].shape:
+    specs = _specs({"x": x, "weight1": weight1, "weight2": weight2, **operands}, output_dtype)
+    for name in ("x", "topk_ids", "topk_weights", "out"):
+        if name in specs and specs[name].shape:
             dtype, shape = specs[name]
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
     if is_packed(weight1) or is_packed(weight2):
         return x.dtype if x.is_floating_point() else output_dtype or torch.float16
+    device = x.device.type  # "npu", where the device decides, also for fake tensors
+    wanted = npu_target() if device == "npu" else current_target()
+    return getattr(torch, _plan(tuple(specs.items()), activation, inner_precise, wanted).out.dtype)
+
+
+def _specs(tensors: Mapping[str, Tensor | None], output_dtype: torch.dtype | None) -> dict[str, Spec]:
+    """What the contract sees of a call, the first tensor being x. RuntimeError when they are not on one
+    device."""
+    specs = {}
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name} is on {tensor.device} and x on {device}, but all tensors of a call must be on one "
+                "device (move one of them there)"
+            )
+        specs[name] = spec_of(name, tensor)
     if output_dtype is not None:
         specs["output_dtype"] = spec_of("output_dtype", output_dtype)
+    return specs
+
+
+def _plan(
+    specs: tuple[tuple[str, Spec], ...], activation: str, inner_precise: int | None, target: str
+) -> contract.Plan:
     try:
-        device = x.device.type  # "npu", where the device decides, also for fake tensors
-        wanted = npu_target() if device == "npu" else current_target()
-        plan = contract.resolve(specs, activation, inner_precise=inner_precise, target=wanted)
+        return contract.resolve(dict(specs), activation, inner_precise=inner_precise, target=target)
     except ContractError as error:
         raise RuntimeError(str(error)) from None
-    return getattr(torch, plan.out.dtype)
 
 
 @torch.library.register_fake("ffn::ffn")
@@ -274,6 +289,53 @@ torch.library.register_autograd("ffn::ffn", _ffn_backward, setup_context=_keep)
 torch.library.register_autograd("ffn::moe", _moe_backward, setup_context=_keep)
 torch.library.register_autograd("ffn::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped)
 torch.library.register_autograd("ffn::grouped_outer", _grouped_outer_backward, setup_context=_keep_grouped)
+
+# On an NPU ffn.ffn is C++ (csrc/op/ffn_npu.cc), and the others are made of torch_npu's operators.
+_on_npu = torch.library.Library("ffn", "IMPL", "PrivateUse1")
+_known_plan = functools.lru_cache(maxsize=4096)(_plan)  # to check a call takes longer than to launch it
+
+
+def _moe_npu(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    *optional: Tensor | None,
+    inner_precise: int | None = None,
+    output_dtype: torch.dtype | None = None,
+    activate_left: bool = False,
+) -> Tensor:
+    from ffn_ops import npu
+
+    tensors = {
+        "x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, "weight1": weight1, "weight2": weight2,
+        **dict(zip(_OPTIONAL[1:], optional, strict=False)),
+    }  # fmt: skip
+    npu.refuse_packed("weight1", weight1)
+    npu.refuse_packed("weight2", weight2)
+    specs = tuple(_specs(tensors, output_dtype).items())
+    plan = _known_plan(specs, activation, inner_precise, npu_target())
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return npu.moe(plan, given, activate_left, inner_precise, output_dtype)
+
+
+def _grouped_mm_npu(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+    from ffn_ops import npu
+
+    return npu.grouped_mm(x, weight, expert_tokens, bias)
+
+
+def _grouped_outer_npu(x: Tensor, grad: Tensor, expert_tokens: Tensor) -> Tensor:
+    from ffn_ops import npu
+
+    return npu.grouped_outer(x, grad, expert_tokens)
+
+
+_on_npu.impl("moe", _moe_npu)
+_on_npu.impl("grouped_mm", _grouped_mm_npu)
+_on_npu.impl("grouped_outer", _grouped_outer_npu)
 
 # register_autograd refuses operators with an out argument. Like torch's own, this one has no gradient ever.
 _autograd = torch.library.Library("ffn", "IMPL", "Autograd")

@@ -38,7 +38,8 @@ class Call:
 
     @property
     def route(self) -> str:
-        return contract.TARGETS[self.target][0]
+        """The route that takes the call, or the one whose violations are its error."""
+        return contract.nearest({route: self.violations_of(route) for route in contract.TARGETS[self.target]})
 
     def plan(self) -> contract.Plan:
         return contract.resolve(
@@ -46,8 +47,11 @@ class Call:
         )
 
     def violations(self) -> tuple[contract.Violation, ...]:
+        return self.violations_of(self.route)
+
+    def violations_of(self, route: str) -> tuple[contract.Violation, ...]:
         return contract.violations(
-            self.specs, self.activation, self.route, inner_precise=self.inner_precise, target=self.target
+            self.specs, self.activation, route, inner_precise=self.inner_precise, target=self.target
         )
 
     def with_spec(self, name: str, spec: Spec | None) -> "Call":
@@ -191,31 +195,32 @@ def calls(
     moe: bool = False,
     largest: int = 40,
     layouts: bool = False,
+    route: str | None = None,
 ) -> Call:
     """Legal calls of `target`, of ffn.moe if asked; the other arguments narrow them.
 
-    Sizes go up to `largest`, zeros included.
+    Sizes go up to `largest`, zeros included. `route` is one of the target's that takes them, by default its
+    first.
     """
-    route = contract.TARGETS[target][0]
+    route = route or contract.TARGETS[target][0]
+    free = route != "fused"  # to choose any activation, with experts or not
     rows = [m for m in MODES if route in m.routes.split() and (modes is None or m.name in modes)]
     if target == "ascend310p":
         rows = [m for m in rows if m.name == "fp16"]
     if glu:
-        rows = [m for m in rows if target == "cpu" or m.name == "fp16"]
+        rows = [m for m in rows if free or m.name == "fp16"]
     if per_group:
         rows = [m for m in rows if m.antiquant and (target == "cpu" or m.weight == "int4")]
     if per_channel:
         rows = [m for m in rows if m.scale]
     mode = draw(st.sampled_from(rows))
 
-    may_glu = target == "cpu" or (mode.name == "fp16" and target != "ascend310p" and not experts)
+    may_glu = free or (mode.name == "fp16" and target != "ascend310p" and not (experts or moe))
     use_glu = draw(st.booleans()) if glu is None and may_glu else bool(glu)
     name = draw(
-        st.sampled_from(
-            [a for a in (ACTIVATIONS if target == "cpu" else VENDOR_ACTIVATIONS) if (a in GLU) == use_glu]
-        )
+        st.sampled_from([a for a in (ACTIVATIONS if free else VENDOR_ACTIVATIONS) if (a in GLU) == use_glu])
     )
-    may_experts = target == "cpu" or not (use_glu or target == "ascend310p")
+    may_experts = free or not (use_glu or target == "ascend310p")
     E = (
         draw(st.integers(1, 5))
         if moe or (draw(st.booleans()) if experts is None and may_experts else experts)
@@ -226,8 +231,9 @@ def calls(
         left_out.add("expert_tokens")
 
     step = draw(st.sampled_from((2, 8))) if mode.weight == "int4" else 1
-    size = st.integers(0, largest // step).map(lambda n: n * step)
-    K1, K2 = draw(size), draw(size)
+    words = 8 if mode.weight == "int4" and route == "grouped" else step
+    size = st.integers(0, largest // words).map(lambda n: n * words)
+    K1, K2 = draw(size), max(draw(size), words if route == "grouped" else 0)
     may_group = bool(mode.antiquant) and (target == "cpu" or mode.weight == "int4")
     grouped = draw(st.booleans()) if per_group is None and may_group else bool(per_group)
     dims = {

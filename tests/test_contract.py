@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -114,18 +115,42 @@ def grow(name: str, by: int) -> Callable[[Call], Call]:
 
 
 npu = "ascend910b"
+FLOATS16 = ("fp16", "bf16")
 
 
-# Rule -> legal calls, and the change that makes this the first rule they break.
+def by_groups(**options: Any) -> st.SearchStrategy[Call]:
+    return calls(target=npu, moe=True, route="grouped", **options)
+
+
+def in_bytes(call: Call) -> Call:
+    """Any even number of int4 can be stored two in a byte."""
+    return replace(call, int4_storage=torch.uint8)
+
+
 def on_npu(call: Call) -> Call:
     activation = call.activation if call.activation.lower() in VENDOR_ACTIVATIONS else "gelu"
     return replace(call, target=npu, activation=activation)
 
 
+# Rule -> legal calls, and the change that makes this the first rule they break.
 BREAKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], Call]]] = {
     "activation": (calls(), lambda call: replace(call, activation="gelu ")),
     "mode": (calls(), wrong_dtype("x")),
-    "moe-on-npu": (calls(moe=True), on_npu),
+    "moe-310p": (
+        calls(target=npu, moe=True, modes=("fp16",)),
+        lambda call: replace(call, target="ascend310p", inner_precise=None),
+    ),
+    "E-limit-grouped": (by_groups(modes=FLOATS16), lambda call: resized(call, E=1025)),
+    "K1-limit-grouped": (by_groups(modes=FLOATS16, glu=True), lambda call: resized(call, K1=65536, N2=65536)),
+    "N1-limit-grouped": (by_groups(modes=FLOATS16, glu=True), lambda call: resized(call, N1=65536, K2=32768)),
+    "int4-words1": (
+        by_groups(modes=INT4, glu=True, per_group=False),
+        lambda call: in_bytes(resized(call, N1=12, K2=6)),
+    ),
+    "int4-words2": (
+        by_groups(modes=INT4, glu=True, per_group=False),
+        lambda call: in_bytes(resized(call, K1=10, N2=10)),
+    ),
     "topk_ids-needed": (calls(moe=True), lambda call: call.with_spec("topk_ids", None)),
     "topk_weights-needed": (calls(moe=True), lambda call: call.with_spec("topk_weights", None)),
     "tokens-or-ids": (
@@ -214,22 +239,39 @@ for operand in OPERANDS:
     if OPERANDS[operand].shapes:
         BREAKS[f"{operand}-shape"] = (legal, wrong_shape(operand))
 
+# Rules that are never the nearest route's: of calls that they keep from `grouped`, `fused` says more.
+FAR = {
+    "grouped-is-moe": calls(target=npu),
+    "mode-grouped": calls(target=npu, moe=True, modes=QUANT),
+}
+
 # Torch has no tensors of these shapes, or the operators' schemas have no place for them, so only the
 # evaluators can be asked.
 NO_TENSORS = ("addressable", "int4-even-columns1", "int4-even-columns2",
               "topk_ids-needed", "topk_weights-needed", "tokens-or-ids")  # fmt: skip
 
 
-def native_violations(call: Call) -> list[tuple[str, str]]:
+def native_violations(call: Call, route: str | None = None) -> list[tuple[str, str]]:
     return _native.violations(
         {name: (spec.dtype, list(spec.shape)) for name, spec in call.specs.items()},
-        call.activation, call.inner_precise, call.route, call.target,
+        call.activation, call.inner_precise, route or call.route, call.target,
     )  # fmt: skip
 
 
 def test_every_rule_has_a_call_that_breaks_it():
-    assert set(BREAKS) == {rule.name for rule in RULES}
+    assert set(BREAKS) | set(FAR) == {rule.name for rule in RULES}
     assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("rule", FAR)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_a_rule_of_a_farther_route_is_shown(rule: str, data: st.DataObject):
+    call = data.draw(FAR[rule])
+    assert call.plan().route == "fused"
+    violations = call.violations_of("grouped")
+    assert violations[0].rule == rule
+    assert native_violations(call, "grouped") == [tuple(violation) for violation in violations]
 
 
 @pytest.mark.parametrize("rule", list(BREAKS))
@@ -281,14 +323,16 @@ def test_a_broken_rule_is_named_by_everyone(rule: str, data: st.DataObject):
 @settings(max_examples=2000)
 @given(call=any_calls())
 def test_python_and_cpp_agree_on_any_call(call: Call):
-    assert native_violations(call) == [tuple(violation) for violation in call.violations()]
+    for route in contract.TARGETS[call.target]:
+        assert native_violations(call, route) == [tuple(found) for found in call.violations_of(route)]
 
 
 @pytest.mark.parametrize("target", contract.TARGETS)
 @settings(max_examples=100)
 @given(data=st.data())
 def test_legal_calls_have_a_plan_and_an_explanation(target: str, data: st.DataObject):
-    call = data.draw(calls(target=target))
+    moe = target != "ascend310p" and data.draw(st.booleans())
+    call = data.draw(by_groups() if moe and target == npu else calls(target=target, moe=moe))
     assert native_violations(call) == []
     plan = call.plan()
     assert (
@@ -303,7 +347,8 @@ def test_legal_calls_have_a_plan_and_an_explanation(target: str, data: st.DataOb
         output_dtype=plan.mode.y,
     )
     assert explanation.ok and explanation.plan == plan and not explanation.violations
-    assert (explanation.workspace is None) == (target == "cpu")
+    assert (explanation.workspace is None) == (plan.route != "fused")
+    assert list(explanation.routes) == [r for r in contract.TARGETS[target] if moe or r != "grouped"]
     assert plan.mode.name in str(explanation)
 
 
@@ -410,3 +455,73 @@ def test_contract_imports_the_standard_library_only():
         [sys.executable, "-I", "-c", code, contract.__file__], capture_output=True, text=True
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def experts_call(
+    mode: str, activation: str, E: int = 4, N1: int | None = None, **more: Any
+) -> dict[str, Any]:
+    """ffn.moe of 6 tokens, 2 of E experts each, in the words of explain."""
+    row = mode_of(mode)
+    N1 = N1 or (32 if activation in contract.GLU else 16)
+    K2 = N1 // 2 if activation in contract.GLU else N1
+    call: dict[str, Any] = {
+        "x": (row.x, (6, 8)), "weight1": (row.weight, (E, 8, N1)), "weight2": (row.weight, (E, K2, 8)),
+        "topk_ids": ("int64", (6, 2)), "topk_weights": ("float32", (6, 2)), "activation": activation,
+    }  # fmt: skip
+    columns = {"1": N1, "2": 8}
+    for kind in ("scale", "offset") if row.antiquant else ():
+        call |= {f"antiquant_{kind}{i}": (row.antiquant, (E, columns[i])) for i in "12"}
+    if row.scale:
+        call |= {"scale": ("float32", (E,)), "offset": ("float32", (E,))}
+        call |= {f"deq_scale{i}": (row.deq_scale.split()[0], (E, columns[i])) for i in "12"}
+        call["output_dtype"] = row.y
+    return call | more
+
+
+TAKEN = {  # by which route ascend910b takes a call of ffn.moe
+    "fused": [(mode, "gelu", 256) for mode in ("fp16", "bf16", *QUANT, *ANTIQUANT)],
+    "grouped": [(mode, activation, E) for mode in ("fp16", "bf16", *ANTIQUANT)
+                for activation, E in (("swiglu", 4), ("relu2", 4), ("gelu", 257), ("geglu", 1024))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("route", TAKEN)
+def test_experts_take_the_route_that_can_do_it(route: str):
+    for mode, activation, E in TAKEN[route]:
+        explanation = ffn_ops.explain(**experts_call(mode, activation, E), target=npu)
+        assert (explanation.mode, explanation.route) == (mode, route), str(explanation)
+        assert list(explanation.routes) == ["fused", "grouped"]
+
+
+REFUSED = {  # what ascend910b does not do, and what it says
+    "aclnnFFNV3 has GLU in fp16 only": experts_call("w8a8", "swiglu"),
+    "there are E = 257 experts, but aclnnFFNV3 takes 1 to 256": experts_call("w8a8_bf16", "gelu", 257),
+    "activation is 'relu2', but aclnnFFNV3 has": experts_call("w8a8", "relu2"),
+    "there are E = 1025 experts, but npu_grouped_matmul takes": experts_call("fp16", "gelu", 1025),
+    "weight1 has N1 = 12 int4 columns, but npu_grouped_matmul": experts_call("w4a16", "swiglu", N1=12),
+    "per-group antiquant scales are for int4 weights": experts_call(
+        "w8a16", "swiglu", **{f"antiquant_{kind}{i}": ("float16", (4, 2, columns))
+                              for kind in ("scale", "offset") for i, columns in ((1, 32), (2, 8))}),
+    "mode float32 runs on the cpu target only": experts_call("float32", "gelu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_experts_are_refused_with_the_reason_to_act_on(sentence: str):
+    explanation = ffn_ops.explain(**REFUSED[sentence], target=npu)
+    assert not explanation.ok and sentence in explanation.violations[0].text, str(explanation)
+    for route in ("fused", "grouped"):
+        assert f"route {route}, rule " in str(explanation)
+
+
+def test_ascend310p_has_no_experts():
+    explanation = ffn_ops.explain(**experts_call("fp16", "gelu"), target="ascend310p")
+    assert explanation.violations[0].rule == "moe-310p" and list(explanation.routes) == ["fused"]
+
+
+def test_glu_experts_are_sent_to_moe():
+    call = experts_call("fp16", "swiglu")
+    del call["topk_ids"], call["topk_weights"]
+    explanation = ffn_ops.explain(**call, expert_tokens=("int64", (4,)), target=npu)
+    assert "use torch.ops.ffn.moe" in explanation.violations[0].text
+    assert list(explanation.routes) == ["fused"]

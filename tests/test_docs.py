@@ -37,6 +37,11 @@ def test_the_readme_has_the_contracts_table_of_modes() -> None:
     assert contract.modes_table() in README, "run `python ffn_ops/contract.py` and paste it"
 
 
+def test_the_page_on_experts_has_the_contracts_table_of_routes() -> None:
+    page = (ROOT / "docs" / "moe.md").read_text()
+    assert contract.routes_table() in page, "run `python ffn_ops/contract.py` and paste it"
+
+
 def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict[str, object] = {}

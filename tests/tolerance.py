@@ -47,6 +47,8 @@ EXP_ERROR = 4 * UNIT
 # The same for activations that are rounded to float16 at every step: 2**-11 and 2**-24 are its unit and TINY.
 ACTIVATION_ERROR_16 = 16 * 2.0**-11
 TINY_16 = 2.0**-24
+# Half a step of the numbers from 1 on, and the smallest number, of the dtypes of an NPU's activations.
+STEPS = {np.dtype(np.float16): (2.0**-11, 2.0**-24), np.dtype(ml_dtypes.bfloat16): (2.0**-8, 2.0**-133)}
 # max |act'|: 1.0998... for t s(t), which fastgelu only stretches, and 1.1289... for both forms of gelu.
 SLOPE = {"fastgelu": 1.1, "silu": 1.1, "swiglu": 1.1, "gelu": 1.13, "geglu": 1.13, "gelu_erf": 1.13}
 
@@ -104,12 +106,15 @@ class Kernel(NamedTuple):
 
     stepwise: evaluate activations in float16 steps where the contract does, as an NPU. flushes: multiply bf16
     with instructions that take subnormals for zero. splits: float16 as two bf16 by these, without the product
-    of both rests.
+    of both rests. composed: of ffn.moe, an NPU's, by this route of ffn_ops/npu.py: results of experts and
+    weights are rounded to y's dtype, and each step of the sum to float16 where that is it; "grouped" rounds
+    the first product to x's dtype too, and what the activation is made of.
     """
 
     stepwise: bool = False
     flushes: bool = False
     splits: bool = False
+    composed: str = ""
 
 
 PLAIN = Kernel()
@@ -197,14 +202,23 @@ def _moe_reference_and_bound(
     y = expected.reshape(int(np.prod(expected.shape[:-1])), expected.shape[-1])
     matrix = x.reshape(len(y), x.shape[-1])
     low, high = np.zeros(y.shape), np.zeros(y.shape)
+    narrow = bool(kernel.composed) and y.dtype == np.float16
     for tokens, expert, weight in shares(len(y), topk_ids, topk_weights, weight1, weight2, operands):
         options = (activation, inner_precise, y.dtype)
-        if len(expert.second.weight):
+        if kernel.composed == "grouped":
+            one_step = activation == "swiglu" and activate_left  # npu_swiglu
+            result = _grouped_results(matrix[tokens], expert, activation, one_step)
+        elif len(expert.second.weight):
             result = _results(matrix[tokens], expert, *options, kernel)
         else:
             result = _point(results(matrix[tokens], expert, *options))
+        if kernel.composed:
+            result = _nearest(result, y.dtype)
+            weight = nearest_even(weight, y.dtype)
         weighted = _times(_point(np.broadcast_to(weight, result.low.shape)), result)
-        low[tokens], high[tokens] = _plus(Interval(low[tokens], high[tokens]), weighted)
+        before = Interval(low[tokens], high[tokens])
+        total = _plus(before, _nearest(weighted, np.float16) if narrow else weighted)
+        low[tokens], high[tokens] = _nearest(total, np.float16) if narrow else total
     return expected, _distance(Interval(low, high), y).reshape(expected.shape)
 
 
@@ -240,6 +254,27 @@ def _results(
     ties = nearest_even if activation in GLU or rounded_before or x.dtype == np.float32 else half_away
     h = _through(lambda v: ties(v, x.dtype), h)
     return _product(h, expert.second, x.dtype, kernel)
+
+
+def _grouped_results(x: Array, expert: Expert, activation: str, one_step: bool) -> Interval:
+    """What the route "grouped" may have before it rounds to y's dtype: operators that round what they return,
+    of which npu_fast_gelu is steps in x's dtype, the others are float32 inside, and a GLU two of them but for
+    npu_swiglu."""
+    unit, tiny = STEPS[x.dtype]
+    acc = _nearest(_product(_point(x), expert.first, x.dtype, PLAIN), x.dtype)
+    if activation in GLU:
+        left, right = (Interval(*ends) for ends in zip(*(np.split(v, 2, axis=-1) for v in acc), strict=True))
+        gate = _activation(right, activation)
+        h = _times(left, gate if one_step else _nearest(gate, x.dtype))
+    elif activation == "fastgelu":
+        h = _activation(acc, activation, 16 * unit, tiny)
+    else:
+        h = _activation(acc, activation)
+    return _product(_nearest(h, x.dtype), expert.second, x.dtype, PLAIN)
+
+
+def _nearest(v: Interval, dtype: npt.DTypeLike) -> Interval:
+    return _through(lambda ends: nearest_even(ends, dtype), v)
 
 
 def _int8_results(

@@ -247,41 +247,46 @@ std::string Render(const RuleRow& rule, const Call& call, const Facts& facts, Ro
   return text;
 }
 
-std::vector<Violation> Broken(const Call& call, const Facts& facts, Route route, bool first_only) {
-  std::vector<Violation> violations;
-  for (const RuleRow& rule : kRules) {
-    if (!InMask(route, rule.routes)) continue;
-    const bool applies = std::all_of(std::begin(rule.when), std::end(rule.when), [&](int condition) {
-      return condition < 0 ||
-             InMask(facts.value[kConditions[condition].fact], kConditions[condition].members);
-    });
-    if (!applies || Holds(rule, call, facts, route)) continue;
-    violations.push_back({rule.name, Render(rule, call, facts, route)});
-    if (first_only) break;
-  }
-  return violations;
+bool Broken(const RuleRow& rule, const Call& call, const Facts& facts, Route route) {
+  if (!InMask(route, rule.routes)) return false;
+  const bool applies = std::all_of(std::begin(rule.when), std::end(rule.when), [&](int condition) {
+    return condition < 0 || InMask(facts.value[kConditions[condition].fact], kConditions[condition].members);
+  });
+  return applies && !Holds(rule, call, facts, route);
 }
 
 }  // namespace
 
 std::vector<Violation> Violations(const Call& call, Route route, Target target) {
-  return Broken(call, Describe(call, target), route, false);
+  const Facts facts = Describe(call, target);
+  std::vector<Violation> violations;
+  for (const RuleRow& rule : kRules) {
+    if (Broken(rule, call, facts, route)) violations.push_back({rule.name, Render(rule, call, facts, route)});
+  }
+  return violations;
 }
 
 std::string Resolve(const Call& call, Target target, Plan* plan) {
   const Facts facts = Describe(call, target);
-  std::string first;
-  for (int route = 0; route < kRouteCount; ++route) {
-    if (!InMask(route, kTargetRoutes[target])) continue;
-    const std::vector<Violation> broken = Broken(call, facts, static_cast<Route>(route), true);
-    if (broken.empty()) {
-      plan->route = static_cast<Route>(route);
+  const RuleRow* nearest = nullptr;
+  Route nearest_route = kCpuRoute;
+  for (int i = 0; i < kRouteCount; ++i) {
+    if (!InMask(i, kTargetRoutes[target])) continue;
+    const auto route = static_cast<Route>(i);
+    const RuleRow* const broken =
+        std::find_if(std::begin(kRules), std::end(kRules),
+                     [&](const RuleRow& rule) { return Broken(rule, call, facts, route); });
+    if (broken == std::end(kRules)) {
+      plan->route = route;
       std::copy(std::begin(facts.value), std::end(facts.value), plan->facts);
       return {};
     }
-    if (first.empty()) first = broken[0].text;
+    if (nearest == nullptr || broken > nearest) {
+      nearest = broken;
+      nearest_route = route;
+    }
   }
-  return first;
+  return Render(*nearest, call, facts, nearest_route);
 }
 
 std::string RowEnds(const int64_t* expert_tokens, int64_t E, int64_t M, bool tokens_index_flag,

@@ -46,8 +46,9 @@ struct Violation {
 // Every rule of `route` that the call breaks, in table order.
 std::vector<Violation> Violations(const Call& call, Route route, Target target);
 
-// Fills `plan` and returns an empty string when a route of `target` takes the call, else the first violated
-// rule's sentence.
+// Fills `plan` and returns an empty string when a route of `target` takes the call. Else returns the sentence
+// of a violated rule: of those that the routes violate first, the last in the table (contract.py's
+// `nearest`).
 std::string Resolve(const Call& call, Target target, Plan* plan);
 
 // The end row of each expert, from the values of expert_tokens (contract section d). Returns an empty string,

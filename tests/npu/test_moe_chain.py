@@ -432,6 +432,13 @@ def test_what_grouped_matmul_does_not_do_is_named(call: str):
     assert "aclnnGroupedMatmulV5: " in message and REFUSED[call] in message, message
 
 
+def test_grouped_matmul_takes_1024_groups():
+    call = "[h], [h.view(1, 8, 1).expand(1025, 8, 1).contiguous()]"
+    done = run(CALL.format(call).replace("torch.ones(1)", "torch.zeros(1025)"), operators=True)
+    assert done.returncode != 0
+    assert "group_list has 1025 groups, but 1024 are the most" in done.stdout + done.stderr
+
+
 def test_trans_quant_param():
     scale, offset = np.abs(normal(16)), 300 * normal(16, seed=1)
     bits = scale.view(np.uint32).astype(np.int64) & 0xFFFFE000 | 1 << 46

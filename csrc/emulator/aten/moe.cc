@@ -212,6 +212,7 @@ namespace {
 std::vector<std::pair<int64_t, int64_t>> GroupRows(const Grouped& call, int64_t groups) {
   std::vector<std::pair<int64_t, int64_t>> ranges(static_cast<size_t>(groups));
   const at::Tensor list = call.group_list.value().to(at::kLong).reshape({call.group_list->size(0), -1});
+  TORCH_CHECK(list.size(0) <= 1024, "group_list has ", list.size(0), " groups, but 1024 are the most");
   int64_t start = 0;
   for (int64_t i = 0; i < list.size(0); ++i) {
     const int64_t value = list[i][-1].item<int64_t>();

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of ffn.ffn, ffn.moe and the grouped products on emulated NPU tensors, and the grouped products
+themselves: as test_gradients.py has it for the CPU, and held to the same bounds.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gradients import (
+    assert_as_good_as_torch,
+    block,
+    each_activation,
+    ids_of,
+    plain_ffn,
+    plain_grouped_mm,
+    plain_grouped_outer,
+    plain_moe,
+)
+from torch import Tensor
+
+from ffn_ops import emulator
+from ffn_ops.contract import GLU
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+op, moe = torch.ops.ffn.ffn, torch.ops.ffn.moe
+grouped_mm, grouped_outer = torch.ops.ffn.grouped_mm, torch.ops.ffn.grouped_outer
+
+
+def on_npu(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The call with its tensors on the NPU and its result here; gradients come back the same way."""
+
+    def there(**tensors: Tensor | None) -> Tensor:
+        return call(
+            **{name: tensor if tensor is None else tensor.npu() for name, tensor in tensors.items()}
+        ).cpu()
+
+    return there
+
+
+@each_dtype
+@each_activation
+@pytest.mark.parametrize("activate_left", [False, True])
+def test_moe(activation: str, dtype: torch.dtype, activate_left: bool):
+    torch.manual_seed(1)
+    leaves, ids = block(dtype, activation), ids_of(19, 4)
+    options = {"activation": activation, "activate_left": activate_left}
+    assert_as_good_as_torch(
+        on_npu(lambda **t: moe(topk_ids=ids.npu(), **t, **options)),
+        lambda **t: plain_moe(topk_ids=ids, **t, **options),
+        leaves,
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ["fastgelu", "gelu", "relu", "silu", "swiglu"])
+def test_dense(activation: str, dtype: torch.dtype):
+    if activation in GLU and dtype == torch.bfloat16:
+        pytest.skip("the NPU has GLU without experts in fp16 only")
+    torch.manual_seed(2)
+    leaves = block(dtype, activation)
+    del leaves["topk_weights"]
+    for name in ("weight1", "weight2", "bias1", "bias2"):
+        leaf = leaves[name]
+        assert leaf is not None
+        leaves[name] = leaf.detach()[0].requires_grad_()
+    assert_as_good_as_torch(
+        on_npu(lambda **t: op(**t, activation=activation)),
+        lambda **t: plain_ffn(**t, activation=activation),
+        leaves,
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("tokens_index_flag", [False, True])
+def test_by_expert(dtype: torch.dtype, tokens_index_flag: bool):
+    torch.manual_seed(3)
+    leaves, tokens = block(dtype, "gelu"), torch.tensor([7, 0, 10, 2])
+    del leaves["topk_weights"]
+    ids = torch.arange(4).repeat_interleave(tokens)[:, None]
+    passed = (tokens.cumsum(0) if tokens_index_flag else tokens).npu()
+    assert_as_good_as_torch(
+        on_npu(
+            lambda **t: op(**t, activation="gelu", expert_tokens=passed, tokens_index_flag=tokens_index_flag)
+        ),
+        lambda **t: plain_moe(
+            topk_ids=ids, topk_weights=torch.ones(19, 1, dtype=t["x"].dtype), **t, activation="gelu"
+        ),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_step_of_training_reads_nothing_from_the_device(activation: str):
+    leaves = {name: t if t is None else t.detach().npu().requires_grad_()
+              for name, t in block(torch.float16, activation).items()}  # fmt: skip
+    ids = ids_of(19, 4).npu()
+    given = [t for t in leaves.values() if t is not None]
+
+    def step() -> tuple[Tensor, ...]:
+        y = moe(topk_ids=ids, **leaves, activation=activation)
+        return torch.autograd.grad(y, given, torch.ones_like(y))
+
+    step()
+    torch.npu.synchronize()
+    before = emulator.counters()
+    step()
+    during = emulator.counters()
+    for name in ("synchronizations", "device_to_host_copies", "host_to_device_copies"):
+        assert during[name] == before[name], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@settings(max_examples=30)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_grouped_products(dtype: torch.dtype, data: st.DataObject, seed: int):
+    torch.manual_seed(seed)
+    E, K, N = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 70)), data.draw(st.integers(0, 70))
+    counts = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=E, max_size=E)), dtype=torch.int64)
+    M = int(counts.sum()) + data.draw(st.integers(0, 3))
+    x, grad, weight = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype), torch.randn(E, K, N).to(dtype)
+    layout = data.draw(st.sampled_from(("rows", "columns", "gaps")))
+    passed = weight.npu()
+    if layout == "columns":
+        passed = weight.mT.contiguous().npu().mT
+    elif layout == "gaps":
+        passed = torch.stack([weight, weight], -1).npu()[..., 0]
+    bias = None
+    if data.draw(st.booleans()):
+        bias = torch.randn(E, N).to(dtype).to(data.draw(st.sampled_from((dtype, torch.float32))))
+    unit = torch.finfo(dtype).eps / 2
+
+    def check(got: Tensor, exact: Tensor, size: Tensor, terms: int) -> None:
+        assert got.dtype == dtype and got.shape == exact.shape
+        # float32 sums in any order, and one rounding.
+        bound = (terms + 5) * 2.0**-24 * size + unit * exact.abs() + torch.finfo(dtype).smallest_normal
+        assert bool(((got.cpu().double() - exact).abs() <= bound).all())
+
+    wide = None if bias is None else bias.double()
+    y = grouped_mm(x.npu(), passed, counts.npu(), None if bias is None else bias.npu())
+    size = plain_grouped_mm(
+        x.double().abs(), weight.double().abs(), counts, None if wide is None else wide.abs()
+    )
+    check(y, plain_grouped_mm(x.double(), weight.double(), counts, wide), size, K)
+    if E:
+        outer = grouped_outer(x.npu(), grad.npu(), counts.npu())
+        size = plain_grouped_outer(x.double().abs(), grad.double().abs(), counts)
+        check(outer, plain_grouped_outer(x.double(), grad.double(), counts), size, M)
+
+
+def test_second_derivatives_of_the_grouped_product():
+    x = torch.randn(6, 4, requires_grad=True)
+    weight, counts = torch.randn(2, 4, 3, requires_grad=True), torch.tensor([2, 4])
+
+    def second(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        (dx,) = torch.autograd.grad(product(x, weight, counts).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, weight))
+
+    ours = second(lambda x, weight, counts: grouped_mm(x.npu(), weight.npu(), counts.npu()).cpu())
+    torch.testing.assert_close(ours, second(plain_grouped_mm))
+
+
+GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(2, 4, 3), "expert_tokens": torch.tensor([2, 3])}
+SENTENCES = {
+    "x is torch.float64, but": {"x": torch.zeros(5, 4).double()},
+    "x and weight have shapes [4] and [2, 4, 3], but": {"x": torch.zeros(4)},
+    "x and weight have shapes [5, 4] and [2, 5, 3], but": {"weight": torch.zeros(2, 5, 3)},
+    "weight is torch.float16, but beside torch.float32 x": {"weight": torch.zeros(2, 4, 3).half()},
+    "weight is a row of uint8, as prepacked weights are, but": {"weight": torch.zeros(64, dtype=torch.uint8)},
+    "expert_tokens is torch.int32, but": {"expert_tokens": torch.tensor([2, 3]).int()},
+    "expert_tokens has shape [3], but it must be [E] = [2]": {"expert_tokens": torch.tensor([2, 3, 0])},
+    "bias has shape [2, 4], but it must be [E, N] = [2, 3]": {"bias": torch.zeros(2, 4)},
+    "bias is torch.float16, but": {"bias": torch.zeros(2, 3).half()},
+    "there are 1025 experts, but npu_grouped_matmul takes at most 1024": {
+        "weight": torch.zeros(1025, 4, 3), "expert_tokens": torch.zeros(1025).long()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_bad_input_is_named(sentence: str):
+    tensors = {name: tensor.npu() for name, tensor in (GOOD | SENTENCES[sentence]).items()}
+    with pytest.raises(RuntimeError) as refused:
+        grouped_mm(**tensors)
+    assert str(refused.value).startswith(sentence)
+
+
+def test_opcheck():
+    x, counts = torch.randn(9, 8).npu(), torch.tensor([3, 0, 5]).npu()
+    weight, bias = torch.randn(3, 8, 6).npu(), torch.randn(3, 6).npu()
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    for name, arguments in (("grouped_mm", (x, weight, counts, bias)), ("grouped_outer", (x, x, counts))):
+        overload = getattr(torch.ops.ffn, name).default
+        torch.library.opcheck(overload, arguments, test_utils=checks)
