@@ -108,7 +108,9 @@ def _grouped_matmul(
     return y
 
 
-def grouped_mm(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None) -> Tensor:
+def grouped_mm(
+    x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None, wanted_N: int | None = None
+) -> Tensor:
     """ffn.grouped_mm: each expert's rows of x [M, K] times its weight [E, K, N], plus its bias; zeros in rows
     that expert_tokens [E] leaves over."""
     refuse_packed("weight", weight)
@@ -120,6 +122,8 @@ def grouped_mm(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | 
     M, K = x.shape
     E, _, N = weight.shape
     _check_grouped({"x": x, "weight": weight, "bias": bias}, expert_tokens, E)
+    if wanted_N not in (None, N):
+        raise RuntimeError(f"N is {wanted_N}, but weight has N = {N} columns (leave it out, or correct it)")
     if bias is not None and bias.shape != (E, N):
         raise RuntimeError(
             f"bias has shape {list(bias.shape)}, but it must be [E, N] = [{E}, {N}] (one row for each expert)"

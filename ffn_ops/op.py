@@ -321,10 +321,12 @@ def _moe_npu(
     return npu.moe(plan, given, activate_left, inner_precise, output_dtype)
 
 
-def _grouped_mm_npu(x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+def _grouped_mm_npu(
+    x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None, *, N: int | None = None
+) -> Tensor:
     from ffn_ops import npu
 
-    return npu.grouped_mm(x, weight, expert_tokens, bias)
+    return npu.grouped_mm(x, weight, expert_tokens, bias, N)
 
 
 def _grouped_outer_npu(x: Tensor, grad: Tensor, expert_tokens: Tensor) -> Tensor:
