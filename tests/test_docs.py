@@ -3,8 +3,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ffn_ops import contract
 
@@ -48,3 +50,48 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     exec(code, names)
     assert "mode float32" in capsys.readouterr().out
     assert names["y"].shape == names["x"].shape  # type: ignore[attr-defined]
+
+
+class Expert(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = torch.nn.Linear(6, 10, bias=False), torch.nn.Linear(6, 10, bias=False)
+        self.down = torch.nn.Linear(10, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x) * torch.nn.functional.silu(self.gate(x)))
+
+
+class ByHand(torch.nn.Module):
+    """A mixture of experts as people write it."""
+
+    top_k = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(6, 4, bias=False)
+        self.experts = torch.nn.ModuleList(Expert() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(self.top_k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for t, (row, chosen, shares) in enumerate(zip(x, ids, weights, strict=True)):
+            for e, share in zip(chosen, shares, strict=True):
+                y[t] += share * self.experts[e](row)
+        return y
+
+
+def test_five_lines_replace_a_block_that_was_written_by_hand() -> None:
+    page = (ROOT / "docs" / "moe.md").read_text()
+    layer, replacement = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[:2]
+    names: dict[str, Any] = {}
+    exec(layer, names)
+    assert names["y"].shape == (4, 16, 512)
+    assert len(replacement.strip().splitlines()) == 5
+    old = ByHand()
+    names |= {"old": old, "H": 6, "I": 10}
+    exec(replacement, names)
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(names["new"](x), old(x))
