@@ -241,6 +241,7 @@ def test_activation_names_are_case_insensitive():
     assert same_bits(op(x, w, w, "GeLu"), op(x, w, w, "gelu"))
 
 
+@pytest.mark.cpu_only
 def test_gradients_beside_packed_weights_are_refused_by_name_and_only_in_backward():
     x, w = randn(3, 4).requires_grad_(), randn(4, 4)
     packed = ffn_ops.prepack(w.cpu())

@@ -4,6 +4,7 @@ themselves: as test_gradients.py has it for the CPU, and held to the same bounds
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_second_derivatives_of_the_grouped_product():
 
 
 GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(2, 4, 3), "expert_tokens": torch.tensor([2, 3])}
-SENTENCES = {
+SENTENCES: dict[str, dict[str, Any]] = {
     "x is torch.float64, but": {"x": torch.zeros(5, 4).double()},
     "x and weight have shapes [4] and [2, 4, 3], but": {"x": torch.zeros(4)},
     "x and weight have shapes [5, 4] and [2, 5, 3], but": {"weight": torch.zeros(2, 5, 3)},
@@ -171,6 +172,7 @@ SENTENCES = {
     "weight is a row of uint8, as prepacked weights are, but": {"weight": torch.zeros(64, dtype=torch.uint8)},
     "expert_tokens is torch.int32, but": {"expert_tokens": torch.tensor([2, 3]).int()},
     "expert_tokens has shape [3], but it must be [E] = [2]": {"expert_tokens": torch.tensor([2, 3, 0])},
+    "N is 4, but weight has N = 3 columns": {"N": 4},
     "bias has shape [2, 4], but it must be [E, N] = [2, 3]": {"bias": torch.zeros(2, 4)},
     "bias is torch.float16, but": {"bias": torch.zeros(2, 3).half()},
     "there are 1025 experts, but npu_grouped_matmul takes at most 1024": {
@@ -180,7 +182,8 @@ SENTENCES = {
 
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_bad_input_is_named(sentence: str):
-    tensors = {name: tensor.npu() for name, tensor in (GOOD | SENTENCES[sentence]).items()}
+    given = GOOD | SENTENCES[sentence]
+    tensors = {name: value.npu() if isinstance(value, Tensor) else value for name, value in given.items()}
     with pytest.raises(RuntimeError) as refused:
         grouped_mm(**tensors)
     assert str(refused.value).startswith(sentence)
