@@ -266,7 +266,7 @@ def main(
     chosen = [model for model in MODELS if not models or model.name in models]
     if not chosen:
         raise typer.BadParameter(f"none of {', '.join(model.name for model in MODELS)} is among {models}")
-    threads, console = torch.get_num_threads(), Console()
+    threads, console = torch.get_num_threads(), Console(width=200)
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.hugging_face", *(models or ())]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
