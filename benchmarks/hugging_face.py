@@ -215,8 +215,8 @@ def publish(source: Path) -> None:
     ]
     if results["drift"] > machine.DRIFT:
         lines += [
-            "The machine's limits moved by so much while this ran that only ratios within a row mean something. "
-            "of limit takes the better of both measurements.",
+            "The machine's limits moved by so much while this ran that only ratios within a row mean something; "
+            "of limit takes the better measurement.",
             "",
         ]
     for cell in results["cells"]:
