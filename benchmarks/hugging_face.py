@@ -215,7 +215,7 @@ def publish(source: Path) -> None:
     ]
     if results["drift"] > machine.DRIFT:
         lines += [
-            "The machine's limits moved by so much while this ran that only ratios within a row mean something; "
+            "The machine's limits moved by so much while this ran that only ratios within a row mean much; "
             "of limit takes the better measurement.",
             "",
         ]
