@@ -11,7 +11,7 @@ y: da = g W2^T, dw = <da, a> + <g, b2>, dh = act'(h) w da, dx = dh W1^T, and dW1
 and db2 the sums of dh and w g over an expert's rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,20 +36,30 @@ class Block(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """Of weights and biases only where they require one: frozen experts cost no product."""
+
     rows: Tensor  # of x, in the order of the experts
     weights: Tensor | None  # of the routing, in the same order, float32
-    weight1: Tensor
-    weight2: Tensor
+    weight1: Tensor | None
+    weight2: Tensor | None
     bias1: Tensor | None
     bias2: Tensor | None
+
+
+Wanted = Sequence[bool]  # whether weight1, weight2, bias1 and bias2 require a gradient
+
+
+def wanted_of(block: Block) -> Wanted:
+    return [tensor is not None and tensor.requires_grad for tensor in block[:4]]
 
 
 _Parts = TypeVar("_Parts", Block, Gradients)
 
 
 def block_gradients(
-    grad: Tensor, rows: Tensor, expert_tokens: Tensor, block: Block, weights: Tensor | None = None
-) -> Gradients:
+    grad: Tensor, rows: Tensor, expert_tokens: Tensor, block: Block, wanted: Wanted,
+    weights: Tensor | None = None,
+) -> Gradients:  # fmt: skip
     """Gradients of the experts' blocks.
 
     grad [rows, N2] and rows [rows, K1] are sorted by expert, expert_tokens counts the rows of each [E], and
@@ -71,10 +81,12 @@ def block_gradients(
     return Gradients(
         grouped_mm(dh.to(dtype), block.weight1.transpose(1, 2), expert_tokens),
         dweights,
-        grouped_outer(rows, dh.to(dtype), expert_tokens),
-        grouped_outer(a.to(dtype), weighted, expert_tokens),
-        None if block.bias1 is None else sums(dh, expert_tokens).to(block.bias1.dtype),
-        None if block.bias2 is None else sums(weighted, expert_tokens).to(block.bias2.dtype),
+        grouped_outer(rows, dh.to(dtype), expert_tokens) if wanted[0] else None,
+        grouped_outer(a.to(dtype), weighted, expert_tokens) if wanted[1] else None,
+        sums(dh, expert_tokens).to(block.bias1.dtype) if block.bias1 is not None and wanted[2] else None,
+        sums(weighted, expert_tokens).to(block.bias2.dtype)
+        if block.bias2 is not None and wanted[3]
+        else None,
     )
 
 
@@ -97,14 +109,14 @@ def ffn_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The gradient of x, and all others, for ffn.ffn: x [..., K1], weights with E when expert_tokens is
     given."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, wanted = x.reshape(-1, x.shape[-1]), wanted_of(block)
     dense = expert_tokens is None or len(expert_tokens) == 0
     if expert_tokens is None or dense:
         expert_tokens = torch.full((1,), rows.shape[0], dtype=torch.int64, device=x.device)
         block = _each(block, lambda tensor: tensor[None])
     elif tokens_index_flag:
         expert_tokens = expert_tokens.diff(prepend=expert_tokens.new_zeros(1))
-    found = block_gradients(grad.reshape(rows.shape[0], -1), rows, expert_tokens, block)
+    found = block_gradients(grad.reshape(rows.shape[0], -1), rows, expert_tokens, block, wanted)
     dx = found.rows.reshape(x.shape)
     return dx, _each(found, lambda tensor: tensor[0]) if dense else found
 
@@ -127,7 +139,7 @@ def moe_gradients(
     sorted_rows, expert_tokens, order = permute(rows, topk_ids.reshape(-1, top_k), len(block.weight1))
     grads = grad.reshape(rows.shape[0], -1)[order // max(top_k, 1)]
     weights = topk_weights.reshape(-1)[order].float()
-    found = block_gradients(grads, sorted_rows, expert_tokens, block, weights)
+    found = block_gradients(grads, sorted_rows, expert_tokens, block, wanted_of(block), weights)
     dx = restore(found.rows, order).reshape(rows.shape[0], top_k, -1).float().sum(1).to(x.dtype)
     assert found.weights is not None
     dweights = restore(found.weights, order).reshape(topk_weights.shape).to(topk_weights.dtype)

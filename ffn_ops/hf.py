@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ffn_ops.contract import ContractError
 from ffn_ops.moe import combine, permute
+from ffn_ops.op import operand_bias
 from ffn_ops.packing import prepack, unpack
 
 NAME = "ffn_ops"
@@ -103,10 +104,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         if _has_norm(self):
             y = self.post_expert_norm(y)
         return combine(y, top_k_weights, order)
-    if self.has_bias and hidden_states.dtype == torch.bfloat16:
-        biases = [bias.float() for bias in biases]  # the contract's dtype beside bfloat16
     return torch.ops.ffn.moe(
-        hidden_states, top_k_index, top_k_weights, weight1, weight2, activation, *biases,
+        hidden_states, top_k_index, top_k_weights, weight1, weight2, activation, *map(operand_bias, biases),
         activate_left=True,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ffn_ops import contract
 from ffn_ops.activation import GATES, activate
 from ffn_ops.contract import ContractError
+from ffn_ops.op import operand_bias
 from ffn_ops.packing import Packable
 
 ROUTERS = ("softmax", "topk_softmax", "sigmoid", "top1")
@@ -251,7 +252,7 @@ class MoE(Packable):
     def experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The routed part alone, for tokens x [M, hidden_size] and ids and weights [M, top_k]: ids from
         num_experts on are skipped."""
-        bias1, bias2 = (self._bias(bias, x) for bias in (self.bias1, self.bias2))
+        bias1, bias2 = operand_bias(self.bias1), operand_bias(self.bias2)
         if self._fuses(x, topk_weights):
             return torch.ops.ffn.moe(
                 x, topk_ids, topk_weights, self.weight1, self.weight2, self.activation, bias1, bias2
@@ -277,12 +278,6 @@ class MoE(Packable):
         else:
             h = activate(h, self.activation)
         return torch.ops.ffn.grouped_mm(h, weight2, expert_tokens, bias2, N=self.hidden_size)
-
-    @staticmethod
-    def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
-        return (
-            bias.float() if bias is not None and x.dtype == torch.bfloat16 else bias
-        )  # the contract's dtype
 
     def extra_repr(self) -> str:
         text = (

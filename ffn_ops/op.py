@@ -70,6 +70,11 @@ def target(name: str) -> Iterator[None]:
         _library.ffn_ops_set_target(before)
 
 
+def operand_bias(bias: Tensor | None) -> Tensor | None:
+    """A model's bias in the dtype that the contract has for it: beside bfloat16 float32, else its own."""
+    return bias.float() if bias is not None and bias.dtype == torch.bfloat16 else bias
+
+
 def npu_target() -> str:
     """The target of this machine's NPU; "ascend910b" where there is none to ask, as while tracing without
     it."""
@@ -268,11 +273,12 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not _differentiable(weight):
         _no_gradient(grad)
         return None, None, None, None
+    of_x, of_weight, *_ = ctx.needs_input_grad
     return (
-        torch.ops.ffn.grouped_mm(grad, weight.transpose(1, 2), expert_tokens),
-        torch.ops.ffn.grouped_outer(x, grad, expert_tokens),
+        torch.ops.ffn.grouped_mm(grad, weight.transpose(1, 2), expert_tokens) if of_x else None,
+        torch.ops.ffn.grouped_outer(x, grad, expert_tokens) if of_weight else None,
         None,
-        None if bias is None else sums(grad, expert_tokens).to(bias.dtype),
+        sums(grad, expert_tokens).to(bias.dtype) if bias is not None and bias.requires_grad else None,
     )
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ffn_ops import contract
 from ffn_ops.activation import FORMULAS
 from ffn_ops.contract import ContractError
+from ffn_ops.op import operand_bias
 
 _DTYPES = tuple(getattr(torch, mode.x) for mode in contract.MODES if mode.name in contract.FLOAT_MODES)
 
@@ -219,7 +220,7 @@ class _Deferred:
         if self.asked is not None:
             self.asked.append(("", self.form))
         return torch.ops.ffn.ffn(
-            x, weight1, weight2, self.form, bias1=_bias_of(first.bias), bias2=_bias_of(last.bias)
+            x, weight1, weight2, self.form, bias1=operand_bias(first.bias), bias2=operand_bias(last.bias)
         )
 
     @property
@@ -346,10 +347,6 @@ def _watched(module: nn.Module) -> bool:
 def _matrix(linear: Any) -> Tensor:
     """The weight as [K, N]: nn.Linear has it transposed, transformers' Conv1D as it is."""
     return linear.weight.t() if isinstance(linear, nn.Linear) else linear.weight
-
-
-def _bias_of(bias: Tensor | None) -> Tensor | None:
-    return bias.float() if bias is not None and bias.dtype == torch.bfloat16 else bias
 
 
 def _fits(linear: Any, x: Tensor) -> bool:
@@ -642,7 +639,7 @@ class _Experts(_Patched):
                 stack = _stack(parameters)
                 if stack is None and any(p is not None for p in parameters):
                     return None
-                stacks.append(stack if name == "weight" else _bias_of(stack))
+                stacks.append(stack if name == "weight" else operand_bias(stack))
         return tuple(stacks)
 
     def _each(self) -> list[tuple[Any, ...]]:

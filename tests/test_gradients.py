@@ -281,15 +281,39 @@ def test_a_compiled_step_has_the_same_gradients():
     assert all(torch.equal(eager[name], traced[name]) for name in eager)
 
 
-def test_second_derivatives_of_the_grouped_product():
+def second_derivatives(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    torch.manual_seed(5)
     x = torch.randn(6, 4, requires_grad=True)
     weight, counts = torch.randn(2, 4, 3, requires_grad=True), torch.tensor([2, 4])
+    (dx,) = torch.autograd.grad(product(x, weight, counts).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), (x, weight))
 
-    def second(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        (dx,) = torch.autograd.grad(product(x, weight, counts).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), (x, weight))
 
-    torch.testing.assert_close(second(torch.ops.ffn.grouped_mm), second(plain_grouped_mm))
+def test_second_derivatives_of_the_grouped_product():
+    ours = second_derivatives(torch.ops.ffn.grouped_mm)
+    torch.testing.assert_close(ours, second_derivatives(plain_grouped_mm))
+
+
+def test_what_is_frozen_costs_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    leaves, ids, products = block(torch.float32, "gelu"), ids_of(19, 4), []
+
+    def outer(*arguments: Tensor) -> Tensor:
+        products.append(arguments)
+        return torch.ops.ffn.grouped_outer(*arguments)
+
+    monkeypatch.setattr(gradient, "grouped_outer", outer)
+    frozen = {n: t if t is None or n == "x" else t.detach() for n, t in leaves.items()}
+    x = frozen["x"]
+    assert x is not None
+    torch.ops.ffn.moe(topk_ids=ids, **frozen, activation="gelu").sum().backward()
+    assert x.grad is not None and not products
+
+
+def test_a_tensor_beyond_its_storage_is_refused():
+    weight = torch.zeros(2, 4, 3)
+    weight.untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match="weight reaches to byte 96, but its storage holds 8"):
+        torch.ops.ffn.grouped_mm(torch.zeros(5, 4), weight, torch.tensor([2, 3]))
 
 
 GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(2, 4, 3), "expert_tokens": torch.tensor([2, 3])}

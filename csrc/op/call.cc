@@ -155,32 +155,33 @@ int64_t ExtentBytes(const Tensor& tensor) {
   return (last + 1) * static_cast<int64_t>(tensor.element_size());
 }
 
+void CheckPlacement(const std::string& name, const Tensor& tensor, const torch::stable::Device& device) {
+  int32_t layout = 0;
+  aoti_torch_get_layout(tensor.get(), &layout);
+  if (layout != aoti_torch_layout_strided()) {
+    throw std::runtime_error(
+        name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
+  }
+  if (!(tensor.device() == device)) {
+    throw std::runtime_error(name + " is on " + DeviceName(tensor.device()) + " and x on " +
+                             DeviceName(device) +
+                             ", but all tensors of a call must be on one device (move one of them there)");
+  }
+  int64_t storage = 0;
+  aoti_torch_get_storage_size(tensor.get(), &storage);
+  const int64_t end =
+      tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + ExtentBytes(tensor);
+  if (tensor.numel() > 0 && end > storage) {
+    throw std::runtime_error(name + " reaches to byte " + std::to_string(end) + ", but its storage holds " +
+                             std::to_string(storage) +
+                             " and every element must be there (allocate what was freed or resized)");
+  }
+}
+
 void CheckPlacement(const Arguments& arguments) {
   const torch::stable::Device device = arguments.operand(contract::kXOperand).device();
   for (int i = 0; i <= contract::kOutOperand; ++i) {
-    if (!arguments.operands[i]) continue;
-    const Tensor& tensor = *arguments.operands[i];
-    const std::string name = contract::kOperandNames[i];
-    int32_t layout = 0;
-    aoti_torch_get_layout(tensor.get(), &layout);
-    if (layout != aoti_torch_layout_strided()) {
-      throw std::runtime_error(
-          name + " is not strided, but the operator takes dense tensors (convert it with .to_dense())");
-    }
-    if (!(tensor.device() == device)) {
-      throw std::runtime_error(name + " is on " + DeviceName(tensor.device()) + " and x on " +
-                               DeviceName(device) +
-                               ", but all tensors of a call must be on one device (move one of them there)");
-    }
-    int64_t storage = 0;
-    aoti_torch_get_storage_size(tensor.get(), &storage);
-    const int64_t end =
-        tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + ExtentBytes(tensor);
-    if (tensor.numel() > 0 && end > storage) {
-      throw std::runtime_error(name + " reaches to byte " + std::to_string(end) + ", but its storage holds " +
-                               std::to_string(storage) +
-                               " and every element must be there (allocate what was freed or resized)");
-    }
+    if (arguments.operands[i]) CheckPlacement(contract::kOperandNames[i], *arguments.operands[i], device);
   }
 }
 

@@ -3,6 +3,7 @@
 // target. library.cc collects the arguments and registers the kernels; ffn_cpu.cc and ffn_npu.cc run a call.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -46,7 +47,9 @@ contract::Call Describe(const Arguments& arguments);
 // The bytes from a tensor's first element to the end of its last; none for an empty tensor.
 int64_t ExtentBytes(const Tensor& tensor);
 
-// Throws std::runtime_error unless every tensor is strided, on x's device, and inside its storage.
+// Throws std::runtime_error unless the tensor `name` is strided, on x's device, and inside its storage.
+void CheckPlacement(const std::string& name, const Tensor& tensor, const torch::stable::Device& device);
+// The same for every tensor of a call.
 void CheckPlacement(const Arguments& arguments);
 
 // True when y can be written straight into `out`: dense, and apart from every input. Otherwise y is computed

@@ -39,15 +39,8 @@ cpu::DType FloatOf(const char* name, const Tensor& tensor) {
   }
 }
 
-void CheckOnCpu(const char* name, const Tensor& tensor) {
-  Require(tensor.device().type() == torch::headeronly::DeviceType::CPU,
-          std::string(name) +
-              " is not on the CPU as x is, but all tensors of a call must be on one device (move it there)");
-}
-
 // The end row of each expert, and the total behind them.
 std::vector<int64_t> RowEnds(const Tensor& expert_tokens, int64_t E, int64_t M, std::vector<Tensor>& kept) {
-  CheckOnCpu("expert_tokens", expert_tokens);
   Require(expert_tokens.scalar_type() == ScalarType::Long,
           "expert_tokens has another dtype, but it must be int64 (cast it with .long())");
   Require(expert_tokens.dim() == 1 && (E < 0 || expert_tokens.size(0) == E),
@@ -76,11 +69,14 @@ void RunOneProduct(const cpu::Problem& problem) {
 
 Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Tensor> bias,
                  std::optional<int64_t> wanted_N) {
+  CheckPlacement("x", x, x.device());
+  CheckPlacement("weight", weight, x.device());
+  CheckPlacement("expert_tokens", expert_tokens, x.device());
+  if (bias) CheckPlacement("bias", *bias, x.device());
   cpu::Problem problem;
   std::vector<Tensor> kept;
   problem.x_dtype = problem.y_dtype = FloatOf("x", x);
   Require(x.dim() == 2, "x has shape " + ShapeOf(x) + ", but it must be [M, K] (flatten the leading sizes)");
-  CheckOnCpu("weight", weight);
   const contract::Spec spec = DescribeWeight("weight", weight);
   Require(spec.shape.size() == 3 && spec.shape[1] == x.size(1),
           "weight has shape " + Brackets(spec.shape) + ", but it must be [E, K, N] with x's K = " +
@@ -103,7 +99,6 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   problem.x = DenseData("x", x, kept);
   problem.weight2 = WeightOf("weight", weight, problem.weight_dtype, K, N, kept);
   if (bias) {
-    CheckOnCpu("bias", *bias);
     problem.bias_dtype = FloatOf("bias", *bias);
     Require(problem.bias_dtype == problem.x_dtype || problem.bias_dtype == cpu::DType::kFloat32,
             "bias has another dtype than x, but it must have x's, or float32 (cast it)");
@@ -122,10 +117,12 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
 }
 
 Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
+  CheckPlacement("x", x, x.device());
+  CheckPlacement("grad", grad, x.device());
+  CheckPlacement("expert_tokens", expert_tokens, x.device());
   cpu::Problem problem;
   std::vector<Tensor> kept;
   problem.x_dtype = problem.weight_dtype = problem.y_dtype = FloatOf("x", x);
-  CheckOnCpu("grad", grad);
   Require(x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
           "x and grad have shapes " + ShapeOf(x) + " and " + ShapeOf(grad) +
               ", but they must be [M, K] and [M, N] (rows belong together)");

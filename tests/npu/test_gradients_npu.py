@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import (
+    GOOD,
     assert_as_good_as_torch,
     block,
     each_activation,
@@ -19,6 +20,7 @@ from test_gradients import (
     plain_grouped_mm,
     plain_grouped_outer,
     plain_moe,
+    second_derivatives,
 )
 from torch import Tensor
 
@@ -155,18 +157,10 @@ def test_grouped_products(dtype: torch.dtype, data: st.DataObject, seed: int):
 
 
 def test_second_derivatives_of_the_grouped_product():
-    x = torch.randn(6, 4, requires_grad=True)
-    weight, counts = torch.randn(2, 4, 3, requires_grad=True), torch.tensor([2, 4])
-
-    def second(product: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        (dx,) = torch.autograd.grad(product(x, weight, counts).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), (x, weight))
-
-    ours = second(lambda x, weight, counts: grouped_mm(x.npu(), weight.npu(), counts.npu()).cpu())
-    torch.testing.assert_close(ours, second(plain_grouped_mm))
+    ours = second_derivatives(lambda x, weight, counts: grouped_mm(x.npu(), weight.npu(), counts.npu()).cpu())
+    torch.testing.assert_close(ours, second_derivatives(plain_grouped_mm))
 
 
-GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(2, 4, 3), "expert_tokens": torch.tensor([2, 3])}
 SENTENCES: dict[str, dict[str, Any]] = {
     "x is torch.float64, but": {"x": torch.zeros(5, 4).double()},
     "x and weight have shapes [4] and [2, 4, 3], but": {"x": torch.zeros(4)},
