@@ -6,7 +6,8 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-c
 CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
 	-DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -S .
 # What a fault in C++ can hide from: everything that reaches the compiled modules, except compilation by inductor.
-ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_contract.py tests/test_bad_input.py \
+ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_moe.py tests/test_gradients.py tests/test_contract.py \
+	tests/test_bad_input.py \
 	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
 ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 

@@ -28,8 +28,8 @@ using Multiplication = TileSession;
 
 // kRowTiles x kColumnTiles tiles of c (float32 or int32), at most 2 x 2, += `steps` steps of a and a panel.
 template <bool kInt, int kRowTiles, int kColumnTiles>
-void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, const char* ahead,
-                   char* c, int64_t c_stride) {
+void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, Asking ahead, char* c,
+                   int64_t c_stride) {
   constexpr int64_t kColumnBytes = kTileHeight * 4, kPanelRow = kPackedColumns * 4;
   const auto each = [&](auto use) __attribute__((always_inline)) {
     use(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
@@ -44,7 +44,7 @@ void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t ste
   });
   for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kStepBytes) {
     for (int64_t line = 0; line < kStepBytes; line += 64) AskFor(panel + line);
-    for (int64_t times = 0; times < kAsksEach; ++times) ahead = Ahead::Ask(ahead);
+    for (int64_t times = 0; times < kAsksEach; ++times) ahead.Next();
     LoadTile<4>(a, kTileRowBytes);
     if constexpr (kRowTiles > 1) LoadTile<5>(a + kTileHeight * kTileRowBytes, kTileRowBytes);
     LoadTile<6>(panel, kPanelRow);

@@ -58,12 +58,13 @@ struct DotRange {
   int64_t tile_stride;
   Ahead ahead;
   int64_t plane_bytes = 0;  // from one plane of the left operand to the next
+  int64_t row_bytes = 0;    // from one row of a plain weight, which `panels.data` is then, to the next
 };
 
 // The sums of kRows rows times kVectors vectors of columns, and where their operands are. Loops over rows and
 // vectors are unrolled by hand: GCC else leaves the sums in memory. kPlanes of the left operand are
-// multiplied by turns.
-template <typename T, int kRows, int kVectors, int kPlanes = 1>
+// multiplied by turns. kPlain reads the rows of a plain weight instead of panels.
+template <typename T, int kRows, int kVectors, int kPlanes = 1, bool kPlain = false>
 struct DotSums {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
   static constexpr bool kHalves = std::is_same_v<T, Half>;
@@ -76,16 +77,19 @@ struct DotSums {
   const char* panels[kVectors];
   const char* a;
   const int64_t plane_bytes;
-  const char* ahead;
+  const int64_t row_bytes;
+  Asking ahead;
 
   // At the first step of panels of `column`.
   inline __attribute__((always_inline)) DotSums(const DotRange& range, int64_t row, int64_t column)
       : a(range.a + row * kTileRowBytes),
         plane_bytes(range.plane_bytes),
+        row_bytes(range.row_bytes),
         ahead(range.ahead.From(column, row / kRows, range.steps * (kStepWords / kWords),
                                range.panels.At<T>(0, column))) {
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      panels[v] = range.panels.At<T>(0, column + v * kLanes);
+      const int64_t n = column + v * kLanes;
+      panels[v] = kPlain ? range.panels.data + n * static_cast<int64_t>(sizeof(T)) : range.panels.At<T>(0, n);
     });
   }
 
@@ -115,7 +119,7 @@ struct DotSums {
   inline __attribute__((always_inline)) void AddSteps(int64_t steps, int64_t a_step) {
     for (int64_t s = 0; s < steps; ++s, a += a_step) {
       for (int64_t word = 0; word < kStepWords; word += kWords) {
-        ahead = Ahead::Ask(ahead);
+        if constexpr (!kPlain) ahead.Next();
         Words x[kPlanes][kHeld];
         Unrolled<kPlanes>([&](auto p) {
           const char* const plane = a + p * plane_bytes + word * 4;
@@ -128,6 +132,27 @@ struct DotSums {
   }
 
  private:
+  // The next words of kLanes columns, as panels have them.
+  inline __attribute__((always_inline)) U32 Next(int v) {
+    const char* const from = panels[v];
+    if constexpr (kPlain) {
+      // The strip is narrow and its next row a page or more away, where no hardware prefetcher looks (16 to
+      // 64 rows were measured, 32 was best for all strides).
+      constexpr int64_t kRowsAhead = 32;
+      constexpr int kGroup = Panel<T>::kGroup;
+      if (v * kLanes * static_cast<int>(sizeof(T)) % 64 == 0) {
+        for (int64_t i = 0; i < kGroup; ++i) __builtin_prefetch(from + (kRowsAhead + i) * row_bytes, 0, 2);
+      }
+      panels[v] += kGroup * row_bytes;
+      return GroupBits(reinterpret_cast<const T*>(from), row_bytes / static_cast<int64_t>(sizeof(T)), kGroup,
+                       kLanes);
+    } else {
+      if (v * kLanes * 4 % 64 == 0) AskFor(from);
+      panels[v] += kPackedColumns * 4;
+      return Load<U32>(from);
+    }
+  }
+
   // kWords words of each row, by what the panels have for them.
   inline __attribute__((always_inline)) void AddWords(const Words (&x)[kPlanes][kHeld]) {
 #if defined(FFN_DOT_FP16)
@@ -150,9 +175,7 @@ struct DotSums {
     if constexpr (kMatrices) {
       Unrolled<kWords / 2>([&](auto i) __attribute__((always_inline)) {
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          const U32 upper = Load<U32>(panels[v]), lower = Load<U32>(panels[v] + kPackedColumns * 4);
-          if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
-          panels[v] += 2 * kPackedColumns * 4;
+          const U32 upper = Next(v), lower = Next(v);
           const U32 left = WordsByTurns<0>(upper, lower), right = WordsByTurns<1>(upper, lower);
           Unrolled<kHeld / 2>([&](auto p) __attribute__((always_inline)) {
             const U32 rows = PairsOf<i>((U32)x[0][2 * p], (U32)x[0][2 * p + 1]);
@@ -169,11 +192,7 @@ struct DotSums {
       Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
         U32 w[kVectors];
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          if (!kPairsOfNibbles || i == 0) {
-            stored[v] = Load<U32>(panels[v]);
-            if constexpr (v * kLanes * 4 % 64 == 0) AskFor(panels[v]);
-            panels[v] += kPackedColumns * 4;
-          }
+          if (!kPairsOfNibbles || i == 0) stored[v] = Next(v);
           w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
         });
         Unrolled<kPlanes>([&](auto p) __attribute__((always_inline)) {
@@ -185,9 +204,9 @@ struct DotSums {
   }
 };
 
-template <typename T, int kRows, int kVectors, int kPlanes>
+template <typename T, int kRows, int kVectors, int kPlanes, bool kPlain>
 void DotTile(const DotRange& range, int64_t row, int64_t column) {
-  using DotSums = DotSums<T, kRows, kVectors, kPlanes>;
+  using DotSums = DotSums<T, kRows, kVectors, kPlanes, kPlain>;
   using Sum = typename DotSums::Sum;
   float* const tile = range.tile + row * range.tile_stride + column;
   DotSums sums(range, row, column);
@@ -216,7 +235,34 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
                           left.rows > kDotRows ? ahead : Ahead{},
                           left.PlaneBytes()};
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    if constexpr (kMultiplies<T>) DotTile<T, rows, vectors, kPlanes>(range, row, column);
+    if constexpr (kMultiplies<T>) DotTile<T, rows, vectors, kPlanes, false>(range, row, column);
+  });
+}
+
+// Likewise, of a plain weight: what a single tile of rows reads once needs no packing. Whole steps of whole
+// panels.
+template <typename T>
+constexpr bool kReadsPlain = kMultiplies<T> && (std::is_same_v<T, BFloat> || std::is_same_v<T, int8_t>);
+inline bool ReadsPlain(const Weight& weight, const LeftRows& left, const Block& block) {
+  return !weight.packed && weight.col_stride == 1 && left.rows <= kDotRows &&
+         block.rows % BlockColumns(left.left) == 0 && block.columns % kPackedColumns == 0;
+}
+
+template <typename T>
+void MultiplyPlain(const char* a, const LeftRows& left, const Weight& weight, const Block& block, float* c,
+                   int64_t stride) {
+  const T* const from = PlainAt<T>(weight, block.expert, block.k, block.column);
+  const DotRange range = {a,
+                          left.rows * kTileRowBytes,
+                          block.rows / BlockColumns(left.left),
+                          {reinterpret_cast<const char*>(from), 0},
+                          c,
+                          stride,
+                          {},
+                          0,
+                          RowBytes<T>(weight)};
+  ForEachTile<kDotRows>(left.rows, block.columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+    DotTile<T, rows, vectors, 1, true>(range, row, column);
   });
 }
 
@@ -287,9 +333,8 @@ void MultiplyNibbles(const Product& product, const Segment& segment, const Colum
     for (int64_t n = 0; n < columns.columns; n += width) {
       const int64_t strip = columns.columns - n < width ? columns.columns - n : width;
       if (!weight.packed && rows % 32 != 0) __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));
-      const Panels panels =
-          PanelsOf<Int4Pair>(weight, DType::kInt4, product.K,
-                             {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
+      const Panels panels = PanelsOf<Int4Pair>(
+          weight, product.K, {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
       const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {},
                               left.PlaneBytes()};
       const Groups<T> groups = {static_cast<const T*>(channels.antiquant_offset) + index + n,

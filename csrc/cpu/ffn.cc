@@ -44,13 +44,21 @@ Steps StepsOf(const Problem& p) {
 
 constexpr int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Rows of x and of the intermediate are floats for the length of a wave. A wave is as long as this holds.
-constexpr int64_t kWaveFloats = 4 << 20;
+// Rows of x and of the intermediate wait here, as left operands, for the length of a wave.
+constexpr int64_t kWaveBytes = 24 << 20;
 
 struct ScratchPlan {
   int64_t wave_rows;
-  int64_t first, second;  // floats of the two left operands
+  int64_t segment_rows;   // at most
+  int64_t first, second;  // bytes of a row of the two left operands; of one product, the first is the second
   int64_t workers;
+
+  int64_t FirstBytes() const { return first == 0 ? 0 : wave_rows * first + kSlackBytes; }
+  int64_t SecondBytes() const { return wave_rows * second + kSlackBytes; }
+  size_t Bytes() const {
+    return static_cast<size_t>(FirstBytes() + SecondBytes()) +
+           static_cast<size_t>(workers) * sizeof(TaskScratch);
+  }
 };
 
 // Of the cache that one thread has to itself, the second level.
@@ -67,22 +75,24 @@ int64_t CacheBytes(const ParallelFor& parallel) {
   return parallel.cache_bytes > 0 ? parallel.cache_bytes : detected;
 }
 
-ScratchPlan PlanScratch(const Problem& p, const ParallelFor& parallel) {
-  const int64_t first = LeftStride(p.K1), second = LeftStride(p.K2);
-  // A block of the left operand has a quarter of the cache, and so have the sums of a task (TaskColumns).
-  const int64_t cached = std::clamp<int64_t>(CacheBytes(parallel) / 4 / (kKBlock * 4), 16, kMaxRows);
-  const int64_t rows = std::clamp<int64_t>(kWaveFloats / std::max<int64_t>(first + second, 1), 1, cached);
+ScratchPlan PlanScratch(const Problem& p, const ParallelFor& parallel, const Kernels& kernels) {
+  // An expert with many rows may store them in another way than one with few.
+  const int64_t bytes = std::max(LeftBytes(kernels.left_of(p, 1)), LeftBytes(kernels.left_of(p, kMaxRows)));
   ScratchPlan plan = {};
-  plan.wave_rows = std::min(rows, p.M);
-  plan.first = plan.wave_rows * first + kMaxRows;
-  plan.second = plan.wave_rows * second + kMaxRows;
+  plan.first = p.second_only ? 0 : RoundUp(p.K1, kKBlock) * bytes;
+  plan.second = RoundUp(p.K2, kKBlock) * bytes;
+  // A block of the left operand has a quarter of the cache, and so have the sums of a task (TaskColumns).
+  const auto cached = [&](int64_t column_bytes) {
+    return std::clamp<int64_t>(CacheBytes(parallel) / 4 / (kKBlock * column_bytes), 16, kMaxRows);
+  };
+  const int64_t row_bytes = std::max<int64_t>(plan.first + plan.second, 1);
+  plan.wave_rows = std::min(std::clamp<int64_t>(kWaveBytes / row_bytes, 1, cached(bytes)), p.M);
+  // What is multiplied as it lies costs nothing to read again; fewer rows have longer blocks of k then.
+  const bool packed = p.weight2.packed && (p.second_only || p.weight1.packed);
+  const bool as_it_lies = packed && p.weight_dtype == p.x_dtype;
+  plan.segment_rows = as_it_lies ? cached(sizeof(float)) : kMaxRows;
   plan.workers = std::max<int64_t>(parallel.threads, 1);
   return plan;
-}
-
-size_t Bytes(const ScratchPlan& plan) {
-  return static_cast<size_t>(plan.first + plan.second) * sizeof(float) +
-         static_cast<size_t>(plan.workers) * sizeof(TaskScratch);
 }
 
 // At least, where there are columns enough: who is through with its tasks waits for the others.
@@ -109,28 +119,44 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   return width;
 }
 
-// Rows of one expert that a task takes. All of the wave's, unless a product is too narrow to give each worker
+// Rows of one expert that a task takes. As many as may be, unless a product is too narrow to give each worker
 // two tasks: then each reads its part of the weight several times. Bits do not depend on it (gemm-inl.h).
-int64_t SegmentRows(int64_t wave_rows, int64_t narrowest, int64_t workers) {
+int64_t SegmentRows(int64_t most, int64_t narrowest, int64_t workers) {
   constexpr int64_t kFewest = 32;
   const int64_t blocks = RoundUp(std::max<int64_t>(narrowest, 1), kMinColumns) / kMinColumns;
-  int64_t rows = wave_rows;
-  while (rows > kFewest && RoundUp(wave_rows, rows) / rows * blocks < 2 * workers)
+  int64_t rows = most;
+  while (rows > kFewest && RoundUp(most, rows) / rows * blocks < 2 * workers)
     rows = RoundUp(rows / 2, kFewest);
   return rows;
 }
 
 bool Begins(int64_t row, const Segment& segment) { return row < segment.row; }
 
-// Both products of a call, or only the second.
-void Run(const Problem& p, bool both, const ParallelFor& parallel, const Kernels& kernels) {
+// The end of a wave that begins at `first` and has `wave_rows` rows at most. An expert whose rows it would
+// cut is left to the next wave where that saves reading its weights once. `expert` owns row `first`. Bits do
+// not depend on it.
+int64_t WaveEnd(const Problem& p, int64_t expert, int64_t first, int64_t wave_rows) {
+  const int64_t end = std::min(first + wave_rows, p.M);
+  while (p.row_ends[expert] < end) ++expert;
+  const int64_t begin = expert > 0 ? p.row_ends[expert - 1] : 0, left = p.row_ends[expert] - end;
+  if (left == 0 || begin <= first) return end;
+  const auto waves = [&](int64_t rows) { return RoundUp(rows, wave_rows) / wave_rows; };
+  return waves(left + end - begin) < 1 + waves(left) ? begin : end;
+}
+
+}  // namespace
+
+void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
+  const Kernels& kernels = KernelsOf(isa);
   if (p.M == 0 || p.N2 == 0) return;
 
-  const ScratchPlan plan = PlanScratch(p, parallel);
+  const bool both = !p.second_only;
+  const ScratchPlan plan = PlanScratch(p, parallel, kernels);
   const int64_t cache_bytes = CacheBytes(parallel);
-  const Scratch memory(Scratch::kRows, Bytes(plan));
+  const Scratch memory(Scratch::kRows, plan.Bytes());
   TaskScratch* scratch = reinterpret_cast<TaskScratch*>(memory.data());
-  float* first = reinterpret_cast<float*>(scratch + plan.workers);
+  char* const first = reinterpret_cast<char*>(scratch + plan.workers);
+  char* const second = first + plan.FirstBytes();
   std::vector<Segment> segments;
   segments.reserve(static_cast<size_t>(std::min(plan.wave_rows, p.E)));
 
@@ -138,16 +164,18 @@ void Run(const Problem& p, bool both, const ParallelFor& parallel, const Kernels
   wave.problem = &p;
   wave.steps = StepsOf(p);
   wave.cache_bytes = cache_bytes;
-  wave.first = {p.K1, p.N1, first, &p.weight1, &p.channels1};
-  wave.second = {p.K2, p.N2, both ? first + plan.first : first, &p.weight2, &p.channels2};
+  wave.second = {p.K2, p.N2, second, plan.second, &p.weight2, &p.channels2};
+  wave.first = both ? Product{p.K1, p.N1, first, plan.first, &p.weight1, &p.channels1} : wave.second;
 
   int64_t expert = 0;
   for (wave.first_row = 0; wave.first_row < p.M; wave.first_row += wave.rows) {
-    wave.rows = std::min(plan.wave_rows, p.M - wave.first_row);
-    const int64_t end = wave.first_row + wave.rows;
+    while (p.row_ends[expert] <= wave.first_row) ++expert;
+    const int64_t end = WaveEnd(p, expert, wave.first_row, plan.wave_rows);
+    wave.rows = end - wave.first_row;
     const int64_t work = wave.rows * ((both ? p.K1 * p.N1 : 0) + p.K2 * p.N2);
     const int64_t workers = std::clamp<int64_t>(work / kWorkPerWorker, 1, plan.workers);
-    const int64_t most_rows = SegmentRows(wave.rows, both ? std::min(p.K2, p.N2) : p.N2, workers);
+    const int64_t most_rows =
+        SegmentRows(std::min(wave.rows, plan.segment_rows), both ? std::min(p.K2, p.N2) : p.N2, workers);
     segments.clear();
     for (int64_t row = wave.first_row; row < end;) {
       while (p.row_ends[expert] <= row) ++expert;
@@ -185,18 +213,8 @@ void Run(const Problem& p, bool both, const ParallelFor& parallel, const Kernels
   }
 }
 
-}  // namespace
-
-void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa) {
-  Run(problem, true, parallel, KernelsOf(isa));
-}
-
-void RunProduct(const Problem& problem, const ParallelFor& parallel) {
-  Run(problem, false, parallel, KernelsOf(nullptr));
-}
-
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel) {
-  return Bytes(PlanScratch(problem, parallel));
+  return PlanScratch(problem, parallel, KernelsOf(nullptr)).Bytes();
 }
 
 }  // namespace ffn::cpu

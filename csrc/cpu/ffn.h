@@ -65,6 +65,7 @@ struct Problem {
   DType deq_dtype = DType::kFloat32;  // of deq_scale1 and deq_scale2: kUInt64, kInt64, kFloat32 or kBFloat16
   Activation activation = Activation::kRelu;
   bool high_precision = false;     // inner_precise == 0; matters for fp16 weights only
+  bool second_only = false;        // y = x W2 + b2, where K1 == K2
   bool activate_left = false;      // GLU: act(left) * right instead of left * act(right)
   bool per_channel_scale = false;  // w8a8: scale is [E, N1] instead of [E]
   int64_t M = 0, K1 = 0, N1 = 0, K2 = 0, N2 = 0, E = 1;
@@ -103,10 +104,7 @@ struct ParallelFor {
 // that cannot run here.
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
-// The second product alone, with the rows of x to its left: y = x W2 + b2, where K1 == K2. Throws as RunFfn.
-void RunProduct(const Problem& problem, const ParallelFor& parallel);
-
-// Bytes of scratch RunFfn allocates for this problem: at most 16 MiB for the rows of one wave (or one row,
+// Bytes of scratch RunFfn allocates for this problem: at most 24 MiB for the rows of one wave (or one row,
 // where that is more) and 864 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
 // next call.
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel);

@@ -24,31 +24,37 @@ enum class Sums {
   kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
 };
 
-// What will be read after the panels that are being multiplied: for each of these `bytes` bytes, `stride`
-// from those of the next panel. Its lines are asked for little by little, into the second-level cache.
+// What a tile asks for, little by little, into the second-level cache.
+struct Asking {
+  static constexpr int64_t kLinesEach = 2;
+  const char* at;
+  int64_t line;  // from one line to the next, in bytes
+
+  void Next() {
+    for (int64_t i = 0; i < kLinesEach; ++i, at += line) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// What will be read after the panels that are being multiplied: for each of them so many lines, `stride`
+// bytes from those of the next one. A plain weight has a line in each of its rows.
 struct Ahead {
   const char* data;
-  int64_t stride, bytes;
+  int64_t stride, lines, line;
+  int64_t group_lines;  // of a group of rows
 
   // What belongs to rows [begin, end) of panels of T.
   template <typename T>
   Ahead Part(int64_t begin, int64_t end) const {
-    if (bytes == 0) return {};
-    const int64_t first = begin / Panel<T>::kGroup * kGroupBytes<T>;
-    return {data + first, stride, end / Panel<T>::kGroup * kGroupBytes<T> - first};
+    const int64_t first = begin / Panel<T>::kGroup * group_lines;
+    return {data + first * line, stride, end / Panel<T>::kGroup * group_lines - first, line, group_lines};
   }
 
-  static constexpr int64_t kLinesEach = 2;
-  static const char* Ask(const char* at) {
-    for (int64_t line = 0; line < kLinesEach; ++line) __builtin_prefetch(at + line * 64, 0, 2);
-    return at + kLinesEach * 64;
-  }
-
-  // Where tile `tile` of the panel of `column` begins to ask, so many times. A tile that has nothing to ask
-  // for asks for `own`, which it reads itself.
-  const char* From(int64_t column, int64_t tile, int64_t times, const char* own) const {
-    const int64_t begin = tile * times * kLinesEach * 64;
-    return begin < bytes ? data + column / kPackedColumns * stride + begin : own;
+  // For tile `tile` of the panel of `column`, which asks so many times. A tile that has nothing to ask for
+  // asks for `own`, which it reads itself.
+  Asking From(int64_t column, int64_t tile, int64_t times, const char* own) const {
+    const int64_t begin = tile * times * Asking::kLinesEach;
+    if (begin >= lines) return {own, 64};
+    return {data + column / kPackedColumns * stride + begin * line, line};
   }
 };
 
@@ -130,7 +136,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
       }
     });
   };
-  const char* ahead =
+  Asking ahead =
       range.ahead.From(column, row / kRows, (range.end - range.begin) / (kGroup * kAskEvery), panels[0]);
   int64_t k = range.begin / kGroup * kGroup;
   if (k < range.begin) {
@@ -139,7 +145,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     k += kGroup;
   }
   for (; k + kGroup * kAskEvery <= range.end; k += kGroup * kAskEvery) {
-    ahead = Ahead::Ask(ahead);
+    ahead.Next();
     Unrolled<kAskEvery>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
   for (; k + kGroup <= range.end; k += kGroup) step(k, 0, kGroup);
@@ -258,12 +264,21 @@ inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t exper
   return (k / rows + 1) * rows;
 }
 
-// The part of a packed weight that is `below` rows below and `beside` columns beside `panels`.
+// The part of a weight that is `below` rows below and `beside` columns beside `block`, whose panels these
+// are.
 template <typename T>
-Ahead AheadOf(const Weight& weight, const Panels& panels, int64_t below, int64_t beside, int64_t rows) {
-  if (!weight.packed) return {};
-  return {panels.data + below / Panel<T>::kGroup * kGroupBytes<T> + beside / kPackedColumns * panels.bytes,
-          panels.bytes, rows / Panel<T>::kGroup * kGroupBytes<T>};
+Ahead AheadOf(const Weight& weight, const Panels& panels, const Block& block, int64_t below, int64_t beside) {
+  constexpr int64_t kGroup = Panel<T>::kGroup;
+  if (weight.packed) {
+    constexpr int64_t kLines = kGroupBytes<T> / 64;
+    return {panels.data + below / kGroup * kGroupBytes<T> + beside / kPackedColumns * panels.bytes,
+            panels.bytes, block.rows / kGroup * kLines, 64, kLines};
+  }
+  constexpr int64_t kBytes = kPackedColumns * static_cast<int64_t>(sizeof(T)) / kPerItem<T>;
+  // Packing a transposed weight asks for what comes next itself, and rows of float32 have two lines each.
+  if (weight.col_stride != 1 || kBytes > 64) return {};
+  const T* const next = PlainAt<T>(weight, block.expert, block.k + below, block.column + beside);
+  return {reinterpret_cast<const char*>(next), kBytes, block.rows, RowBytes<T>(weight), kGroup};
 }
 
 // Rows of panels of so many columns, as float32, that fit scratch: kKBlock over a power of two.
@@ -304,18 +319,16 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
     for (int64_t n = 0; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
-      range.panels =
-          PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
-                      {segment.expert, block, block_rows, strip.column, strip.columns}, depth, scratch);
+      const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
+      range.panels = PanelsOf<T>(weight, product.K, part, depth, scratch);
       const bool beside = !expanded || n + width < columns.columns,
                  more = beside || block + depth < product.K;
       Ahead ahead = {};
       if (more && rows > kManyRows) {
-        ahead = AheadOf<T>(weight, range.panels, beside ? 0 : depth,
+        ahead = AheadOf<T>(weight, range.panels, part, beside ? 0 : depth,
                            !expanded ? kPackedColumns
                            : beside  ? width
-                                     : -n,
-                           block_rows);
+                                     : -n);
       }
       if (expanded) {
         Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);

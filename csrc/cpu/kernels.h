@@ -51,14 +51,20 @@ struct Steps {
 // exact.
 enum class Left : uint8_t { kFloat, kFp16, kBf16, kBf16Exact, kSplit, kInt8 };
 
-// Floats between the rows of a left operand's segments, enough for each way of storing them.
-constexpr int64_t LeftStride(int64_t K) { return (K + kKBlock - 1) / kKBlock * kKBlock; }
+// Bytes of a column in a row of a left operand; fp16 as a sum has it twice.
+constexpr int64_t LeftBytes(Left left) {
+  return left == Left::kFloat || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
+}
+
+constexpr int64_t kSlackBytes = 2048;  // 15 rows of a tile's 64 bytes, rounded up
 
 // One of the two products: a [rows, K] times the weight of an expert [K, N].
 struct Product {
   int64_t K, N;
-  float* a;  // LeftStride(K) floats for each row, and kMaxRows more, which tiles may read beyond the last
-             // one; the second product's is the first one's result
+  // The left operands, so many bytes for each row, and kSlackBytes behind them, which tiles may read. The
+  // second product's are the first one's result.
+  char* a;
+  int64_t row_bytes;
   const Weight* weight;
   const Channels* channels;
 };

@@ -30,7 +30,7 @@ struct LeftRows {
       : left(segment.left),
         K(product.K),
         rows(segment.rows),
-        data(reinterpret_cast<char*>(product.a + segment.row * LeftStride(product.K))) {}
+        data(product.a + segment.row * product.row_bytes) {}
 
   int64_t Blocks() const { return (K + BlockColumns(left) - 1) / BlockColumns(left); }
   // Of a plane: kSplit has two.

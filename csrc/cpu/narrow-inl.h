@@ -172,9 +172,18 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       if (!weight.packed && rows % step != 0) {
         __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
       }
-      const Panels panels =
-          PanelsOf<T>(weight, wave.problem->weight_dtype, product.K,
-                      {segment.expert, block, rows, strip.column, strip.columns}, kKBlock, scratch);
+      const Block part = {segment.expert, block, rows, strip.column, strip.columns};
+      const char* const a = left.At(0, block);
+      float* const to = tile + n;
+#if defined(FFN_DOT)
+      if constexpr (kReadsPlain<T>) {
+        if (as_it_is && ReadsPlain(weight, left, part)) {
+          MultiplyPlain<T>(a, left, weight, part, to, stride);
+          continue;
+        }
+      }
+#endif
+      const Panels panels = PanelsOf<T>(weight, product.K, part, kKBlock, scratch);
       char* const high = reinterpret_cast<char*>(scratch->panel);
       char* const rest = high + sizeof(scratch->panel) / 2;
       const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
@@ -183,11 +192,10 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       const bool beside = in_place || n + width < columns.columns;
       Ahead ahead = {};
       if (beside || block + depth < product.K) {
-        ahead = AheadOf<T>(weight, panels, beside ? 0 : depth,
+        ahead = AheadOf<T>(weight, panels, part, beside ? 0 : depth,
                            in_place ? kPackedColumns
                            : beside ? width
-                                    : -n,
-                           rows);
+                                    : -n);
       }
       // Steps of pairs that scratch holds.
       [[maybe_unused]] const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end,
@@ -195,8 +203,6 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
         MultiplyPlane<BFloat>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
                               (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
       };
-      const char* const a = left.At(0, block);
-      float* const to = tile + n;
       if constexpr (kInteger) {
         if (!antiquant) {
           MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
@@ -214,17 +220,17 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           const int64_t sums_stride = TileStride(strip.columns);
           Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
-          const Ahead part = ahead.Part<T>(begin, end);
+          const Ahead group_ahead = ahead.Part<T>(begin, end);
           if constexpr (kReadsNibbles && std::is_same_v<T, Int4Pair>) {
             (left.left == Left::kSplit ? MultiplyPlane<T, 2>
                                        : MultiplyPlane<T, 1>)(group_a, left,
                                                               {panels.At<T>(begin, 0), panels.bytes},
                                                               (end - begin + step - 1) / step, strip.columns,
-                                                              part, sums, sums_stride);
+                                                              group_ahead, sums, sums_stride);
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
-            multiply(group_a, high, begin, end, part, sums, sums_stride);
+            multiply(group_a, high, begin, end, group_ahead, sums, sums_stride);
             if (left.left == Left::kSplit) {
               multiply(group_a + left.PlaneBytes(), high, begin, end, {}, sums, sums_stride);
             }

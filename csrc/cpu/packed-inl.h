@@ -107,6 +107,20 @@ inline U32 LoadBits(const T* row, int64_t count) {
   return Panel<T>::RawBits(buffer);
 }
 
+// What a panel has of `rows` rows, a group of them at most, and of the first `columns` of kLanes columns of a
+// plain weight whose rows are `stride` items apart. All other bits are zeros.
+template <typename T>
+inline __attribute__((always_inline)) U32 GroupBits(const T* from, int64_t stride, int64_t rows,
+                                                    int64_t columns) {
+  constexpr int64_t kBits = 32 / Panel<T>::kGroup;
+  U32 bits = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t place = kPerItem<T> == 2 ? NibbleOf(i) : i;
+    bits = bits | LoadBits(from + i * stride, columns) << static_cast<uint32_t>(place * kBits % 32);
+  }
+  return bits;
+}
+
 // Where a block of a weight lies.
 struct Source {
   const void* data;  // element (0, 0)
@@ -119,7 +133,6 @@ struct Source {
 template <typename T>
 struct Packer {
   static constexpr int kGroup = Panel<T>::kGroup;
-  static constexpr int kBits = 32 / kGroup;
   const Source& source;
   int64_t stride;  // in items, along whichever of both is not dense
   const Panels panels;
@@ -141,13 +154,7 @@ struct Packer {
         if (n % kLineElements == 0 && k + ahead + kGroup < source.rows_left) {
           for (int64_t i = 0; i < kGroup; ++i) __builtin_prefetch(from + (ahead + i) * stride);
         }
-        U32 bits = {};
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t place = kPerItem<T> == 2 ? NibbleOf(i) : i;
-          bits = bits | LoadBits(from + i * stride, source.columns - n)
-                            << static_cast<uint32_t>(place * kBits % 32);
-        }
-        StoreUnits<T>(To(k, n), bits);
+        StoreUnits<T>(To(k, n), GroupBits(from, stride, rows, source.columns - n));
       }
     }
   }
@@ -226,20 +233,32 @@ inline void WithWeightType(DType dtype, const Use& use) {
   }
 }
 
-inline Source SourceOf(const Weight& weight, DType dtype, int64_t K, const Block& block) {
-  const int64_t index =
-      block.expert * weight.expert_stride + block.k * weight.row_stride + block.column * weight.col_stride;
-  const void* data = nullptr;
-  WithWeightType(dtype, [&](auto t) {
-    data = static_cast<const decltype(t)*>(weight.data) + index / kPerItem<decltype(t)>;
-  });
-  return {data, weight.row_stride, weight.col_stride, block.rows, block.columns, K - block.k};
+template <typename T>
+inline const T* PlainAt(const Weight& weight, int64_t expert, int64_t k, int64_t column) {
+  const int64_t index = expert * weight.expert_stride + k * weight.row_stride + column * weight.col_stride;
+  return static_cast<const T*>(weight.data) + index / kPerItem<T>;
+}
+
+// From one row of a plain weight to the next.
+template <typename T>
+inline int64_t RowBytes(const Weight& weight) {
+  return weight.row_stride / kPerItem<T> * static_cast<int64_t>(sizeof(T));
+}
+
+template <typename T>
+inline Source SourceOf(const Weight& weight, int64_t K, const Block& block) {
+  return {PlainAt<T>(weight, block.expert, block.k, block.column),
+          weight.row_stride,
+          weight.col_stride,
+          block.rows,
+          block.columns,
+          K - block.k};
 }
 
 // The panels of a block: where prepack put them, or packed into scratch, where each has room for `depth`
 // rows.
 template <typename T>
-inline Panels PanelsOf(const Weight& weight, DType dtype, int64_t K, const Block& block, int64_t depth,
+inline Panels PanelsOf(const Weight& weight, int64_t K, const Block& block, int64_t depth,
                        TaskScratch* scratch) {
   if (weight.packed) {
     const char* const expert = static_cast<const char*>(weight.data) + block.expert * weight.expert_stride;
@@ -248,7 +267,7 @@ inline Panels PanelsOf(const Weight& weight, DType dtype, int64_t K, const Block
   }
   const Panels panels = {reinterpret_cast<const char*>(scratch->packed),
                          depth / Panel<T>::kGroup * kGroupBytes<T>};
-  PackBlock<T>(SourceOf(weight, dtype, K, block), panels);
+  PackBlock<T>(SourceOf<T>(weight, K, block), panels);
   return panels;
 }
 
@@ -256,10 +275,9 @@ inline Panels PanelsOf(const Weight& weight, DType dtype, int64_t K, const Block
 void PackColumns(const Weight& from, DType dtype, int64_t K, const Block& block, int64_t panel_bytes,
                  char* to) {
   const Panels panels = {to, panel_bytes};
-  const Source source = SourceOf(from, dtype, K, block);
   WithWeightType(dtype, [&](auto t) {
     using T = decltype(t);
-    PackBlock<T>(source, panels);
+    PackBlock<T>(SourceOf<T>(from, K, block), panels);
     const int64_t written = (block.rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup * kGroupBytes<T>;
     for (int64_t n = 0; n < block.columns; n += kPackedColumns) {
       __builtin_memset(to + n / kPackedColumns * panel_bytes + written, 0,

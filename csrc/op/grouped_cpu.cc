@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.ffn.grouped_mm and grouped_outer on the CPU: one product of each expert with its own rows, and
 // what the gradient of its weight is. For what lies around ffn.moe: activations that it does not know, and
-// its backward (ffn_ops/gradient.py). Registered by library.cc; the products are cpu/ffn.h's RunProduct.
+// its backward (ffn_ops/gradient.py). Registered by library.cc; the products are the second one of
+// cpu/ffn.h's RunFfn.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -61,7 +62,7 @@ std::vector<int64_t> RowEnds(const Tensor& expert_tokens, int64_t E, int64_t M, 
 }
 
 void RunOneProduct(const cpu::Problem& problem) {
-  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunProduct(problem, parallel); },
+  RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunFfn(problem, parallel); },
              [&](const cpu::ParallelFor& parallel) { return cpu::ScratchBytes(problem, parallel); });
 }
 
@@ -74,6 +75,7 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   CheckPlacement("expert_tokens", expert_tokens, x.device());
   if (bias) CheckPlacement("bias", *bias, x.device());
   cpu::Problem problem;
+  problem.second_only = true;
   std::vector<Tensor> kept;
   problem.x_dtype = problem.y_dtype = FloatOf("x", x);
   Require(x.dim() == 2, "x has shape " + ShapeOf(x) + ", but it must be [M, K] (flatten the leading sizes)");
@@ -121,6 +123,7 @@ Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
   CheckPlacement("grad", grad, x.device());
   CheckPlacement("expert_tokens", expert_tokens, x.device());
   cpu::Problem problem;
+  problem.second_only = true;
   std::vector<Tensor> kept;
   problem.x_dtype = problem.weight_dtype = problem.y_dtype = FloatOf("x", x);
   Require(x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
