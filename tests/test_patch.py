@@ -8,7 +8,6 @@ that a model makes is held to tolerance.py's bound.
 """
 
 import copy
-import importlib
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,12 +21,12 @@ from strategies import to_numpy
 from tolerance import assert_close, assert_moe_close
 from torch import Tensor, nn
 
-from ffn_ops import ContractError, _native
+from ffn_ops import ContractError, _native, patch_dense, patched
+from ffn_ops.activation import FORMULAS
 from ffn_ops.patch import patch, unpatch
 
 hf = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-patching = importlib.import_module("ffn_ops.patch")  # `ffn_ops.patch` is the function
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"vocab_size": 50, **SIZES}
@@ -89,8 +88,8 @@ def run(model: nn.Module) -> Tensor:
 
 def torchs_steps(model: nn.Module) -> Callable[..., Tensor]:
     """ffn.ffn as the model's own modules compute it."""
-    patched = [module for module in model.modules() if isinstance(module, patching._Activation)]
-    acts = {module._form: type(module)._key[0]().forward for module in patched}
+    marked = [module for module in model.modules() if isinstance(module, patch_dense._Activation)]
+    acts = {module._form: type(module)._key[0]().forward for module in marked}
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight.is_contiguous():  # Conv1D
@@ -623,7 +622,7 @@ def test_the_report_says_why_not():
     for name, model in models.items():
         report = patch(model)
         assert {row.outcome for row in report} == {f"not patched: {REASONS[name]}"} and not report.changed
-        assert not any(isinstance(module, patching._Patched) for module in model.modules())
+        assert not any(isinstance(module, patched.Patched) for module in model.modules())
 
 
 def test_the_report_prints_equal_blocks_on_one_line():
@@ -717,7 +716,7 @@ def loop(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, form: 
         for slot, e in enumerate(ids[t].tolist()):
             if e < len(w1):
                 b1, b2 = (0 if bias is None else bias[e] for bias in (biases["bias1"], biases["bias2"]))
-                h = patching.FORMULAS[form].value(x[t] @ w1[e] + b1)
+                h = FORMULAS[form].value(x[t] @ w1[e] + b1)
                 y[t] += weights[t, slot].to(x.dtype) * (h @ w2[e] + b2)
     return y
 
@@ -728,7 +727,7 @@ def test_experts_are_one_call_with_what_the_router_chose(family: str, monkeypatc
     model = make_moe(family).double()
     x, selected, weights = routed(model, torch.randn(2, 7, 32).double())
     weights = weights.float().double()
-    monkeypatch.setattr(patching, "_DTYPES", (torch.float64,))
+    monkeypatch.setattr(patched, "DTYPES", (torch.float64,))
     monkeypatch.setattr(torch.ops.ffn, "moe", loop)
     container = containers(model)[0]
     if family == "NllbMoe":
@@ -779,7 +778,7 @@ def test_a_patched_mixture_generates_the_same_and_saves_the_original_format(fami
     unique = sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())
     assert unique <= saved < unique + 20_000  # each expert once, and a header
     unpatch(model)
-    assert not any(isinstance(module, patching._Patched) for module in model.modules())
+    assert not any(isinstance(module, patched.Patched) for module in model.modules())
 
 
 def replace_data(model: Any) -> Any:
@@ -859,6 +858,20 @@ def test_experts_train_as_before(family: str, calls: Any):
     assert not calls
     for name, tensor in models[0].state_dict().items():
         assert torch.equal(tensor, models[1].state_dict()[name])
+
+
+@pytest.mark.parametrize("make", [lambda: make("Bert"), lambda: make_moe("SwitchTransformers")])
+def test_a_model_that_was_made_in_inference_mode_is_patched_too(make: Any, calls: Any):
+    with torch.inference_mode():
+        model = make()
+        expected = run(model)
+    assert patch(model).changed
+    calls.clear()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            # Sums of at most 64 terms in another order, a few layers deep.
+            torch.testing.assert_close(run(model), expected, rtol=2**-18, atol=2**-18)
+    assert calls
 
 
 def test_an_infinite_expert_without_weight_is_not_asked():
