@@ -28,7 +28,7 @@ def main(report: Path) -> None:
     emulated = facts["CANN"].startswith("emulated")
     found: dict[str, Any] = {"emulated": emulated, "doctor": facts, "problems": problems, "checks": {}}
     if not problems:
-        for check in (modes, activations, ordering, no_synchronisation, times):
+        for check in (modes, experts, activations, ordering, no_synchronisation, times):
             try:
                 result = check(emulated)
             except Exception as error:
@@ -99,6 +99,43 @@ def modes(emulated: bool) -> dict[str, Any]:
     return {"ok": all(results.values()), "equal": results}
 
 
+def exact_moe(half: torch.dtype, activation: str) -> dict[str, Any]:
+    """A call of ffn.moe, on the CPU, of which every step is exact: integers up to 256, which bf16 holds.
+
+    Of its four experts one gets nothing, and the ids of four skip a slot. relu takes the route `fused` of an
+    NPU, reglu `grouped`.
+    """
+    E, M, K, N = 4, 12, 16, 16
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(M)])
+    ids[:4, 1] = E
+    return {
+        "x": _integers(-1, 2, (M, K), half, 0),
+        "topk_ids": ids,
+        "topk_weights": torch.tensor([1.0, -1.0]).repeat(M, 1),
+        "weight1": _integers(-1, 2, (E, K, N if activation == "relu" else 2 * N), half, 1),
+        "weight2": _integers(-1, 2, (E, N, K), half, 2),
+        "activation": activation,
+    }
+
+
+def moe_calls() -> dict[str, dict[str, Any]]:
+    return {
+        f"{route}, {half}".replace("torch.", ""): exact_moe(half, activation)
+        for route, activation in (("fused", "relu"), ("grouped", "reglu"))
+        for half in (torch.float16, torch.bfloat16)
+    }
+
+
+def experts(emulated: bool) -> dict[str, Any]:
+    """ffn.moe by both routes, with an empty expert and skipped ids, bit for bit what the CPU has."""
+    results = {}
+    for name, call in moe_calls().items():
+        y = torch.ops.ffn.moe(**on_npu(call)).cpu()
+        results[name] = torch.equal(y, torch.ops.ffn.moe(**call))
+    return {"ok": all(results.values()), "equal": results}
+
+
 def activations(emulated: bool) -> dict[str, Any]:
     """Facts: the largest distance from the CPU's answer, relative to the largest |y|."""
     distances = {}
@@ -141,9 +178,11 @@ def ordering(emulated: bool) -> dict[str, Any]:
 
 
 def no_synchronisation(emulated: bool) -> dict[str, Any]:
-    """The call with expert_tokens on the device returns while work queued before it still runs."""
-    call = on_npu(exact_call("fp16", 3))
-    torch.ops.ffn.ffn(**call)
+    """Calls with expert_tokens, or ids, on the device return while work queued before them still runs."""
+    calls: dict[str, Callable[[], Tensor]] = {
+        "ffn": partial(torch.ops.ffn.ffn, **on_npu(exact_call("fp16", 3)))
+    }
+    calls |= {f"moe, {name}": partial(torch.ops.ffn.moe, **on_npu(call)) for name, call in moe_calls().items()}
     size = 256 if emulated else 4096
     a = torch.ones(size, size).half().npu()
 
@@ -151,16 +190,20 @@ def no_synchronisation(emulated: bool) -> dict[str, Any]:
         for _ in range(50):
             torch.mm(a, a)
 
-    work()
-    torch.npu.synchronize()
-    work()
-    begin = time.perf_counter()
-    torch.ops.ffn.ffn(**call)
-    returned = time.perf_counter() - begin
-    running = not torch.npu.current_stream().query()
-    torch.npu.synchronize()
-    finished = time.perf_counter() - begin
-    return {"ok": running, "returned after s": returned, "finished after s": finished}
+    results = {}
+    for name, call in calls.items():
+        call()
+        work()
+        torch.npu.synchronize()
+        work()
+        begin = time.perf_counter()
+        call()
+        returned = time.perf_counter() - begin
+        running = not torch.npu.current_stream().query()
+        torch.npu.synchronize()
+        finished = time.perf_counter() - begin
+        results[name] = {"running": running, "returned after s": returned, "finished after s": finished}
+    return {"ok": all(result["running"] for result in results.values()), "calls": results}
 
 
 def _unfused(x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
