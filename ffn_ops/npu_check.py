@@ -182,7 +182,9 @@ def no_synchronisation(emulated: bool) -> dict[str, Any]:
     calls: dict[str, Callable[[], Tensor]] = {
         "ffn": partial(torch.ops.ffn.ffn, **on_npu(exact_call("fp16", 3)))
     }
-    calls |= {f"moe, {name}": partial(torch.ops.ffn.moe, **on_npu(call)) for name, call in moe_calls().items()}
+    calls |= {
+        f"moe, {name}": partial(torch.ops.ffn.moe, **on_npu(call)) for name, call in moe_calls().items()
+    }
     size = 256 if emulated else 4096
     a = torch.ones(size, size).half().npu()
 
