@@ -86,9 +86,9 @@ _ANTIQUANT_FIX = "cast it to x's dtype"
 _ANTIQUANT_SHAPE = "all four are [N], or all are [G, N] with one row for each group: transpose what is [N, G]"
 OPERANDS = {
     "x": Operand("x", ("* K1",), "", "K1 is weight1's rows; weights are [K, N], so nn.Linear's goes in as weight.t(), and int4 is packed along N"),
-    "weight1": Operand("weight", ("E? K1 N1",), "", "weights have an axis E exactly when expert_tokens is given, with one entry for each expert"),
+    "weight1": Operand("weight", ("E? K1 N1",), "", "weights have an axis E exactly when expert_tokens or topk_ids is given, with one entry for each expert"),
     "weight2": Operand(
-        "weight", ("E? K2 N2",), "give both weights one dtype", "weights have an axis E exactly when expert_tokens is given, with one entry for each expert"
+        "weight", ("E? K2 N2",), "give both weights one dtype", "weights have an axis E exactly when expert_tokens or topk_ids is given, with one entry for each expert"
     ),
     "expert_tokens": Operand("tokens", ("E",), "cast it with .long(); biases are passed by name, as bias1=", "one entry for each expert"),
     "bias1": Operand("bias", ("E? N1",), _BIAS_FIX, "N1 is weight1's columns"),
@@ -209,12 +209,12 @@ RULES = (
          "topk_ids is missing, but only torch.ops.ffn.moe takes the route grouped (give it topk_ids and topk_weights)"),
     Rule("mode-on-npu", NPU, (), "one_of", ("mode", *(mode.name for mode in MODES if "fused" in mode.routes.split())),
          "mode {mode} runs on the cpu target only (use float16 or bfloat16 tensors)"),
-    Rule("mode-grouped", "grouped", (), "one_of", ("mode", *(mode.name for mode in MODES if "grouped" in mode.routes.split())),
+    Rule("mode-grouped", "grouped", ("int8 x",), "one_of", ("mode", *(mode.name for mode in MODES if "grouped" in mode.routes.split())),
          "mode {mode} is aclnnFFNV3's alone, for between grouped products nothing quantizes again (use 16-bit x, with integer weights if need be)"),
     Rule("mode-310p", "fused", ("310p",), "one_of", ("mode", "fp16"),
          "mode {mode} does not exist on ascend310p, which has fp16 only (use float16 x and weights)"),
     Rule("activation-on-npu", "fused", (), "one_of", ("activation", *VENDOR_ACTIVATIONS),
-         "activation is {activation}, but aclnnFFNV3 has fastgelu, gelu, relu, silu and their GLUs only (use one of these, or torch.ops.ffn.moe beside 16-bit x)"),
+         "activation is {activation}, but aclnnFFNV3 has fastgelu, gelu, relu, silu and their GLUs only (use one of these; beside 16-bit x torch.ops.ffn.moe has the others)"),
     Rule("activation-310p", "fused", ("310p",), "one_of", ("activation", *VENDOR_ACTIVATIONS[:4]),
          "activation is {activation}, but ascend310p has fastgelu, gelu, relu and silu only (use one of these, or a 910B or the CPU for a GLU)"),
     *_operand_rules(),
@@ -267,11 +267,11 @@ RULES = (
     Rule("M-limit-int8", "fused", ("int8 x",), "between", ("M", 0, 2147483616),
          "x has M = {M} rows, but aclnnFFNV3 takes at most 2147483616 of int8 (split x)"),
     Rule("E-limit", "fused", ("experts",), "between", ("E", 1, 256),
-         "there are E = {E} experts, but aclnnFFNV3 takes 1 to 256 (split them over two calls, or use torch.ops.ffn.moe beside 16-bit x)"),
+         "there are E = {E} experts, but aclnnFFNV3 takes 1 to 256 (split them over two calls; beside 16-bit x torch.ops.ffn.moe takes more)"),
     Rule("glu-mode-npu", "fused", ("glu",), "one_of", ("mode", "fp16"),
-         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights, or torch.ops.ffn.moe beside 16-bit x)"),
+         "activation is {activation} in mode {mode}, but aclnnFFNV3 has GLU in fp16 only (use float16 x and weights; beside 16-bit x torch.ops.ffn.moe has it)"),
     Rule("glu-experts", "fused", ("glu",), "one_of", ("experts", 0),
-         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (use torch.ops.ffn.moe, which takes topk_ids instead of expert_tokens)"),
+         "activation is {activation} with E = {E} experts, but aclnnFFNV3 has no GLU by expert (beside 16-bit x torch.ops.ffn.moe has it, with topk_ids instead of expert_tokens)"),
     Rule("rank-310p", "fused", ("310p",), "between", ("rank", 2, 2),
          "x is of rank {rank}, but ascend310p takes exactly 2 dimensions (flatten the leading ones)"),
     Rule("experts-310p", "fused", ("310p",), "one_of", ("experts", 0),
@@ -475,7 +475,7 @@ def _describe(specs: Mapping[str, Spec], activation: str, inner_precise: int | N
         facts["E"] = 0
     elif len(tokens) == 1:
         facts["E"] = tokens[0]
-    facts["top_k"] = axis("topk_ids", -1, 1)
+    facts["top_k"] = axis("topk_ids", -1, 2)
     facts["K1"], facts["N1"] = axis("weight1", -2, 2), axis("weight1", -1, 2)
     facts["K2"], facts["N2"] = axis("weight2", -2, 2), axis("weight2", -1, 2)
     facts["rank"] = len(specs["x"].shape)

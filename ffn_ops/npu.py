@@ -114,16 +114,21 @@ def grouped_mm(
     """ffn.grouped_mm: each expert's rows of x [M, K] times its weight [E, K, N], plus its bias; zeros in rows
     that expert_tokens [E] leaves over."""
     refuse_packed("weight", weight)
-    if x.dim() != 2 or weight.dim() != 3 or weight.shape[1] != x.shape[1]:
-        raise RuntimeError(
-            f"x and weight have shapes {list(x.shape)} and {list(weight.shape)}, but they must be [M, K] and "
-            "[E, K, N] (nn.Linear's weight goes in transposed)"
-        )
+    _check_operands({"x": x, "weight": weight, "expert_tokens": expert_tokens, "bias": bias})
     M, K = x.shape
+    if weight.dim() != 3 or weight.shape[1] != K:
+        raise RuntimeError(
+            f"weight has shape {list(weight.shape)}, but it must be [E, K, N] with x's K = {K} (nn.Linear's "
+            "goes in transposed)"
+        )
     E, _, N = weight.shape
-    _check_grouped({"x": x, "weight": weight, "bias": bias}, expert_tokens, E)
     if wanted_N not in (None, N):
         raise RuntimeError(f"N is {wanted_N}, but weight has N = {N} columns (leave it out, or correct it)")
+    if expert_tokens.shape != (E,):
+        raise RuntimeError(
+            f"expert_tokens has shape {list(expert_tokens.shape)}, but it must be [E] = [{E}] (one count for "
+            "each expert)"
+        )
     if bias is not None and bias.shape != (E, N):
         raise RuntimeError(
             f"bias has shape {list(bias.shape)}, but it must be [E, N] = [{E}, {N}] (one row for each expert)"
@@ -140,13 +145,18 @@ def grouped_mm(
 
 def grouped_outer(x: Tensor, grad: Tensor, expert_tokens: Tensor) -> Tensor:
     """ffn.grouped_outer: of each expert's rows, x [M, K] transposed times grad [M, N]: [E, K, N]."""
-    _check_grouped({"x": x, "grad": grad}, expert_tokens, None)
-    if x.dim() != 2 or grad.dim() != 2 or x.shape[0] != grad.shape[0]:
-        raise RuntimeError(
-            f"x and grad have shapes {list(x.shape)} and {list(grad.shape)}, but they must be [M, K] and "
-            "[M, N] (rows belong together)"
-        )
+    _check_operands({"x": x, "grad": grad, "expert_tokens": expert_tokens})
     M, K = x.shape
+    if grad.dim() != 2 or grad.shape[0] != M:
+        raise RuntimeError(
+            f"grad has shape {list(grad.shape)}, but it must be [M, N] with x's M = {M} (rows belong "
+            "together)"
+        )
+    if expert_tokens.dim() != 1:
+        raise RuntimeError(
+            f"expert_tokens has shape {list(expert_tokens.shape)}, but it must be [E] (one count for each "
+            "expert)"
+        )
     E, N = len(expert_tokens), grad.shape[1]
     if M * K * N * E == 0:
         return x.new_zeros(E, K, N)
@@ -161,38 +171,36 @@ def refuse_packed(name: str, weight: Tensor) -> None:
         )
 
 
-def _check_grouped(tensors: Mapping[str, Tensor | None], expert_tokens: Tensor, E: int | None) -> None:
-    x = tensors["x"]
-    assert x is not None
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RuntimeError(f"x is {x.dtype}, but it must be float32, float16 or bfloat16 (cast it)")
-    for name, tensor in {**tensors, "expert_tokens": expert_tokens}.items():
-        if tensor is None:
-            continue
+def _check_operands(tensors: Mapping[str, Tensor | None]) -> None:
+    """Devices, dtypes and x of a grouped product, in the sentences of csrc/op/grouped_cpu.cc."""
+    x, expert_tokens = tensors["x"], tensors["expert_tokens"]
+    assert x is not None and expert_tokens is not None
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    name_of = {tensor.dtype: str(tensor.dtype).removeprefix("torch.") for tensor in given.values()}
+    for name, tensor in given.items():
         if tensor.device != x.device:
             raise RuntimeError(
                 f"{name} is on {tensor.device} and x on {x.device}, but all tensors of a call must be on one "
                 "device (move one of them there)"
             )
-        accepted = (
-            [torch.int64]
-            if name == "expert_tokens"
-            else [x.dtype, torch.float32]
-            if name == "bias"
-            else [x.dtype]
-        )
-        if tensor.dtype not in accepted:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"x is {name_of[x.dtype]}, but it must be float32, float16 or bfloat16 (cast it)")
+    if x.dim() != 2:
+        raise RuntimeError(f"x has shape {list(x.shape)}, but it must be [M, K] (flatten the leading sizes)")
+    if expert_tokens.dtype != torch.int64:
+        raise RuntimeError(f"expert_tokens is {name_of[expert_tokens.dtype]}, but it must be int64 (cast it)")
+    for name in given:
+        if name in ("x", "expert_tokens"):
+            continue
+        dtype = given[name].dtype
+        or_float32 = name == "bias" and x.dtype != torch.float32
+        if dtype != x.dtype and not (or_float32 and dtype == torch.float32):
             raise RuntimeError(
-                f"{name} is {tensor.dtype}, but beside {x.dtype} x it must be "
-                f"{' or '.join(dict.fromkeys(map(str, accepted)))} (cast it)"
+                f"{name} is {name_of[dtype]}, but beside {name_of[x.dtype]} x it must be "
+                f"{name_of[x.dtype]}{' or float32' if or_float32 else ''} (cast it)"
             )
-    if expert_tokens.dim() != 1 or (E is not None and expert_tokens.shape[0] != E):
+    if expert_tokens.dim() == 1 and len(expert_tokens) > _GROUPS:
         raise RuntimeError(
-            f"expert_tokens has shape {list(expert_tokens.shape)}, but it must be [E]"
-            f"{'' if E is None else f' = [{E}]'} (one count for each expert)"
-        )
-    if expert_tokens.shape[0] > _GROUPS:
-        raise RuntimeError(
-            f"there are {expert_tokens.shape[0]} experts, but npu_grouped_matmul takes at most {_GROUPS} "
+            f"there are {len(expert_tokens)} experts, but npu_grouped_matmul takes at most {_GROUPS} "
             "(split them over two calls)"
         )

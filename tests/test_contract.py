@@ -523,5 +523,5 @@ def test_glu_experts_are_sent_to_moe():
     call = experts_call("fp16", "swiglu")
     del call["topk_ids"], call["topk_weights"]
     explanation = ffn_ops.explain(**call, expert_tokens=("int64", (4,)), target=npu)
-    assert "use torch.ops.ffn.moe" in explanation.violations[0].text
+    assert "torch.ops.ffn.moe has it" in explanation.violations[0].text
     assert list(explanation.routes) == ["fused"]

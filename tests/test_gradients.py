@@ -317,23 +317,49 @@ def test_a_tensor_beyond_its_storage_is_refused():
 
 
 GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(2, 4, 3), "expert_tokens": torch.tensor([2, 3])}
+# The CPU's, in C++, and the NPU's, in Python, are the same.
 SENTENCES = {
-    "x has another dtype, but": {"x": torch.zeros(5, 4).double()},
-    "x has shape [4], but": {"x": torch.zeros(4)},
-    "weight has shape [2, 5, 3], but": {"weight": torch.zeros(2, 5, 3)},
-    "weight has another dtype than x, but": {"weight": torch.zeros(2, 4, 3).half()},
-    "expert_tokens has another dtype, but": {"expert_tokens": torch.zeros(2)},
-    "expert_tokens has shape [3], but it must be [E] = [2]": {"expert_tokens": torch.zeros(3).long()},
-    "expert_tokens[1] is 4, but": {"expert_tokens": torch.tensor([2, 4])},
+    "x is float64, but it must be float32, float16 or bfloat16 (cast it)": {"x": torch.zeros(5, 4).double()},
+    "x has shape [4], but it must be [M, K] (flatten the leading sizes)": {"x": torch.zeros(4)},
+    "weight has shape [2, 5, 3], but it must be [E, K, N] with x's K = 4 (nn.Linear's goes in transposed)": {
+        "weight": torch.zeros(2, 5, 3)},
+    "weight is float16, but beside float32 x it must be float32 (cast it)": {
+        "weight": torch.zeros(2, 4, 3).half()},
+    "expert_tokens is float32, but it must be int64 (cast it)": {"expert_tokens": torch.zeros(2)},
+    "expert_tokens has shape [3], but it must be [E] = [2] (one count for each expert)": {
+        "expert_tokens": torch.zeros(3).long()},
+    "bias has shape [3], but it must be [E, N] = [2, 3] (one row for each expert)": {"bias": torch.zeros(3)},
+    "bias is float16, but beside float32 x it must be float32 (cast it)": {"bias": torch.zeros(2, 3).half()},
+    "bias is float64, but beside bfloat16 x it must be bfloat16 or float32 (cast it)": {
+        "x": torch.zeros(5, 4).bfloat16(), "weight": torch.zeros(2, 4, 3).bfloat16(),
+        "bias": torch.zeros(2, 3).double()},
+    "N is 4, but weight has N = 3 columns (leave it out, or correct it)": {"N": 4},
+}  # fmt: skip
+OF_COUNTS = {  # which only the CPU reads
+    "expert_tokens[1] is 4, but counts are not negative and add up to at most the M = 5 rows of x": {
+        "expert_tokens": torch.tensor([2, 4])},
     "expert_tokens[0] is -1, but": {"expert_tokens": torch.tensor([-1, 4])},
-    "bias has shape [3], but": {"bias": torch.zeros(3)},
-    "bias has another dtype than x, but": {"bias": torch.zeros(2, 3).half()},
-    "N is 4, but weight has N = 3 columns": {"N": 4},
-}
+}  # fmt: skip
+GOOD_OUTER = {"x": torch.zeros(5, 4), "grad": torch.zeros(5, 3), "expert_tokens": torch.tensor([2, 3])}
+OF_OUTER = {
+    "x has shape [5], but it must be [M, K] (flatten the leading sizes)": {"x": torch.zeros(5)},
+    "grad has shape [4, 3], but it must be [M, N] with x's M = 5 (rows belong together)": {
+        "grad": torch.zeros(4, 3)},
+    "grad is float16, but beside float32 x it must be float32 (cast it)": {"grad": torch.zeros(5, 3).half()},
+    "expert_tokens has shape [1, 2], but it must be [E] (one count for each expert)": {
+        "expert_tokens": torch.tensor([[2, 3]])},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("sentence", SENTENCES | OF_COUNTS)
 def test_bad_input_is_named(sentence: str):
     with pytest.raises(RuntimeError) as refused:
-        torch.ops.ffn.grouped_mm(**{**GOOD, **SENTENCES[sentence]})
+        torch.ops.ffn.grouped_mm(**{**GOOD, **(SENTENCES | OF_COUNTS)[sentence]})
+    assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("sentence", OF_OUTER)
+def test_bad_input_of_the_outer_product_is_named(sentence: str):
+    with pytest.raises(RuntimeError) as refused:
+        torch.ops.ffn.grouped_outer(**{**GOOD_OUTER, **OF_OUTER[sentence]})
     assert str(refused.value).startswith(sentence)

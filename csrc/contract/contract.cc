@@ -65,7 +65,7 @@ Facts Describe(const Call& call, Target target) {
   const bool experts = moe || (tokens.given && (tokens.shape.empty() || tokens.shape[0] != 0));
   value[kMoeFact] = moe;
   value[kExpertsFact] = experts;
-  if (!ids.empty()) value[kTopKFact] = ids.back();
+  if (ids.size() > 1) value[kTopKFact] = ids.back();
   const std::vector<int64_t>& weight1 = operands[kWeight1Operand].shape;
   if (moe) {
     if (weight1.size() >= 3) value[kEFact] = weight1[0];

@@ -18,7 +18,46 @@ namespace {
 constexpr int kFromEnvironment = -1;
 thread_local int thread_target = kFromEnvironment;
 
-contract::DType FromTorch(ScalarType dtype) {
+contract::Spec DescribeTensor(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {true, DTypeOf(tensor.scalar_type()), std::vector<int64_t>(sizes.begin(), sizes.end())};
+}
+
+// True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
+bool EveryElementHasItsOwnMemory(const Tensor& out) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    if (out.size(i) != 1) axes.emplace_back(out.stride(i), out.size(i));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return out.numel() == 0;
+    extent = stride * (size - 1) + extent;
+  }
+  return true;
+}
+
+std::string DeviceName(const torch::stable::Device& device) {
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::PrivateUse1:
+      return "npu:" + std::to_string(device.index());
+    default:
+      return "another kind of device";
+  }
+}
+
+std::string Join(const char* const* names, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::string(names[i]);
+  return text;
+}
+
+}  // namespace
+
+contract::DType DTypeOf(ScalarType dtype) {
   using contract::DType;
   switch (dtype) {
     case ScalarType::Float:
@@ -57,45 +96,6 @@ contract::DType FromTorch(ScalarType dtype) {
       return DType::kOther;
   }
 }
-
-contract::Spec DescribeTensor(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {true, FromTorch(tensor.scalar_type()), std::vector<int64_t>(sizes.begin(), sizes.end())};
-}
-
-// True when no two elements can share memory: the axes, by rising stride, each step over all that lie within.
-bool EveryElementHasItsOwnMemory(const Tensor& out) {
-  std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
-  for (int64_t i = 0; i < out.dim(); ++i) {
-    if (out.size(i) != 1) axes.emplace_back(out.stride(i), out.size(i));
-  }
-  std::sort(axes.begin(), axes.end());
-  int64_t extent = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride < extent) return out.numel() == 0;
-    extent = stride * (size - 1) + extent;
-  }
-  return true;
-}
-
-std::string DeviceName(const torch::stable::Device& device) {
-  switch (device.type()) {
-    case torch::headeronly::DeviceType::CPU:
-      return "cpu";
-    case torch::headeronly::DeviceType::PrivateUse1:
-      return "npu:" + std::to_string(device.index());
-    default:
-      return "another kind of device";
-  }
-}
-
-std::string Join(const char* const* names, int count) {
-  std::string text;
-  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::string(names[i]);
-  return text;
-}
-
-}  // namespace
 
 std::optional<cpu::PackedHeader> PackedHeaderOf(const char* name, const Tensor& tensor) {
   if (tensor.dim() != 1 || tensor.scalar_type() != ScalarType::Byte) return std::nullopt;
@@ -141,7 +141,7 @@ contract::Call Describe(const Arguments& arguments) {
     call.operands[i] = weight ? DescribeWeight(contract::kOperandNames[i], tensor) : DescribeTensor(tensor);
   }
   if (arguments.output_dtype) {
-    call.operands[contract::kOutputDtypeOperand] = {true, FromTorch(*arguments.output_dtype), {}};
+    call.operands[contract::kOutputDtypeOperand] = {true, DTypeOf(*arguments.output_dtype), {}};
   }
   call.activation = arguments.activation;
   call.inner_precise = arguments.inner_precise;

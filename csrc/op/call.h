@@ -44,6 +44,9 @@ contract::Spec DescribeWeight(const char* name, const Tensor& tensor);
 // What the contract sees of a call.
 contract::Call Describe(const Arguments& arguments);
 
+// kOther for what the contract has no name for.
+contract::DType DTypeOf(ScalarType dtype);
+
 // The bytes from a tensor's first element to the end of its last; none for an empty tensor.
 int64_t ExtentBytes(const Tensor& tensor);
 

@@ -26,8 +26,10 @@ std::string Brackets(const std::vector<int64_t>& sizes) {
 
 std::string ShapeOf(const Tensor& tensor) { return Brackets({tensor.sizes().begin(), tensor.sizes().end()}); }
 
-cpu::DType FloatOf(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+const char* NameOf(contract::DType dtype) { return contract::kDTypeNames[static_cast<int>(dtype)]; }
+
+cpu::DType FloatOf(const Tensor& x) {
+  switch (x.scalar_type()) {
     case ScalarType::Float:
       return cpu::DType::kFloat32;
     case ScalarType::Half:
@@ -35,15 +37,28 @@ cpu::DType FloatOf(const char* name, const Tensor& tensor) {
     case ScalarType::BFloat16:
       return cpu::DType::kBFloat16;
     default:
-      throw std::runtime_error(std::string(name) +
-                               " has another dtype, but it must be float32, float16 or bfloat16 (cast it)");
+      throw std::runtime_error(std::string("x is ") + NameOf(DTypeOf(x.scalar_type())) +
+                               ", but it must be float32, float16 or bfloat16 (cast it)");
   }
+}
+
+void RequireDtypeOf(const Tensor& x, const char* name, contract::DType dtype, bool or_float32 = false) {
+  const contract::DType wanted = DTypeOf(x.scalar_type()),
+                        other = or_float32 ? contract::DType::kFloat32 : wanted;
+  Require(dtype == wanted || dtype == other, std::string(name) + " is " + NameOf(dtype) + ", but beside " +
+                                                 NameOf(wanted) + " x it must be " + NameOf(wanted) +
+                                                 (other != wanted ? " or float32" : "") + " (cast it)");
+}
+
+void RequireRows(const Tensor& x) {
+  Require(x.dim() == 2, "x has shape " + ShapeOf(x) + ", but it must be [M, K] (flatten the leading sizes)");
 }
 
 // The end row of each expert, and the total behind them.
 std::vector<int64_t> RowEnds(const Tensor& expert_tokens, int64_t E, int64_t M, std::vector<Tensor>& kept) {
-  Require(expert_tokens.scalar_type() == ScalarType::Long,
-          "expert_tokens has another dtype, but it must be int64 (cast it with .long())");
+  Require(expert_tokens.scalar_type() == ScalarType::Long, std::string("expert_tokens is ") +
+                                                               NameOf(DTypeOf(expert_tokens.scalar_type())) +
+                                                               ", but it must be int64 (cast it)");
   Require(expert_tokens.dim() == 1 && (E < 0 || expert_tokens.size(0) == E),
           "expert_tokens has shape " + ShapeOf(expert_tokens) + ", but it must be [E]" +
               (E < 0 ? "" : " = " + Brackets({E})) + " (one count for each expert)");
@@ -77,16 +92,13 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   cpu::Problem problem;
   problem.second_only = true;
   std::vector<Tensor> kept;
-  problem.x_dtype = problem.y_dtype = FloatOf("x", x);
-  Require(x.dim() == 2, "x has shape " + ShapeOf(x) + ", but it must be [M, K] (flatten the leading sizes)");
+  problem.x_dtype = problem.y_dtype = FloatOf(x);
+  RequireRows(x);
   const contract::Spec spec = DescribeWeight("weight", weight);
   Require(spec.shape.size() == 3 && spec.shape[1] == x.size(1),
           "weight has shape " + Brackets(spec.shape) + ", but it must be [E, K, N] with x's K = " +
               std::to_string(x.size(1)) + " (nn.Linear's goes in transposed)");
-  const contract::DType x_spec[] = {contract::DType::kFloat32, contract::DType::kFloat16,
-                                    contract::DType::kBfloat16};
-  Require(spec.dtype == x_spec[static_cast<int>(problem.x_dtype)],
-          "weight has another dtype than x, but a product takes two of one dtype (cast one of them)");
+  RequireDtypeOf(x, "weight", spec.dtype);
   const int64_t M = x.size(0), E = spec.shape[0], K = spec.shape[1], N = spec.shape[2];
   Require(!wanted_N || *wanted_N == N, "N is " + std::to_string(wanted_N.value_or(N)) +
                                            ", but weight has N = " + std::to_string(N) +
@@ -101,9 +113,8 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   problem.x = DenseData("x", x, kept);
   problem.weight2 = WeightOf("weight", weight, problem.weight_dtype, K, N, kept);
   if (bias) {
-    problem.bias_dtype = FloatOf("bias", *bias);
-    Require(problem.bias_dtype == problem.x_dtype || problem.bias_dtype == cpu::DType::kFloat32,
-            "bias has another dtype than x, but it must have x's, or float32 (cast it)");
+    RequireDtypeOf(x, "bias", DTypeOf(bias->scalar_type()), true);
+    problem.bias_dtype = bias->scalar_type() == ScalarType::Float ? cpu::DType::kFloat32 : problem.x_dtype;
     Require(bias->dim() == 2 && bias->size(0) == E && bias->size(1) == N,
             "bias has shape " + ShapeOf(*bias) + ", but it must be [E, N] = " + Brackets({E, N}) +
                 " (one row for each expert)");
@@ -125,12 +136,12 @@ Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
   cpu::Problem problem;
   problem.second_only = true;
   std::vector<Tensor> kept;
-  problem.x_dtype = problem.weight_dtype = problem.y_dtype = FloatOf("x", x);
-  Require(x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
-          "x and grad have shapes " + ShapeOf(x) + " and " + ShapeOf(grad) +
-              ", but they must be [M, K] and [M, N] (rows belong together)");
-  Require(x.scalar_type() == grad.scalar_type(),
-          "grad has another dtype than x, but a product takes two of one dtype (cast one of them)");
+  problem.x_dtype = problem.weight_dtype = problem.y_dtype = FloatOf(x);
+  RequireRows(x);
+  Require(grad.dim() == 2 && grad.size(0) == x.size(0),
+          "grad has shape " + ShapeOf(grad) + ", but it must be [M, N] with x's M = " +
+              std::to_string(x.size(0)) + " (rows belong together)");
+  RequireDtypeOf(x, "grad", DTypeOf(grad.scalar_type()));
   const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
   const std::vector<int64_t> row_ends = RowEnds(expert_tokens, -1, M, kept);
   const auto E = static_cast<int64_t>(row_ends.size());

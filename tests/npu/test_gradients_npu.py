@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import (
     GOOD,
+    GOOD_OUTER,
+    OF_OUTER,
+    SENTENCES,
     assert_as_good_as_torch,
     block,
     each_activation,
@@ -161,28 +164,20 @@ def test_second_derivatives_of_the_grouped_product():
     torch.testing.assert_close(ours, second_derivatives(plain_grouped_mm))
 
 
-SENTENCES: dict[str, dict[str, Any]] = {
-    "x is torch.float64, but": {"x": torch.zeros(5, 4).double()},
-    "x and weight have shapes [4] and [2, 4, 3], but": {"x": torch.zeros(4)},
-    "x and weight have shapes [5, 4] and [2, 5, 3], but": {"weight": torch.zeros(2, 5, 3)},
-    "weight is torch.float16, but beside torch.float32 x": {"weight": torch.zeros(2, 4, 3).half()},
+OF_THE_NPU: dict[str, dict[str, Any]] = {
     "weight is a row of uint8, as prepacked weights are, but": {"weight": torch.zeros(64, dtype=torch.uint8)},
-    "expert_tokens is torch.int32, but": {"expert_tokens": torch.tensor([2, 3]).int()},
-    "expert_tokens has shape [3], but it must be [E] = [2]": {"expert_tokens": torch.tensor([2, 3, 0])},
-    "N is 4, but weight has N = 3 columns": {"N": 4},
-    "bias has shape [2, 4], but it must be [E, N] = [2, 3]": {"bias": torch.zeros(2, 4)},
-    "bias is torch.float16, but": {"bias": torch.zeros(2, 3).half()},
     "there are 1025 experts, but npu_grouped_matmul takes at most 1024": {
         "weight": torch.zeros(1025, 4, 3), "expert_tokens": torch.zeros(1025).long()},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("sentence", [*SENTENCES, *OF_THE_NPU, *OF_OUTER])
 def test_bad_input_is_named(sentence: str):
-    given = GOOD | SENTENCES[sentence]
+    outer = sentence in OF_OUTER
+    given = GOOD_OUTER | OF_OUTER[sentence] if outer else GOOD | (SENTENCES | OF_THE_NPU)[sentence]
     tensors = {name: value.npu() if isinstance(value, Tensor) else value for name, value in given.items()}
     with pytest.raises(RuntimeError) as refused:
-        grouped_mm(**tensors)
+        (grouped_outer if outer else grouped_mm)(**tensors)
     assert str(refused.value).startswith(sentence)
 
 
