@@ -25,6 +25,13 @@ def _fastgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (s + 1.702 * x * s * (1 - s))
 
 
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    if grad.requires_grad or x.requires_grad:  # torch's own operator has no derivative
+        s = torch.sigmoid(x)
+        return grad * s * (1 + x * (1 - s))
+    return _aten.silu_backward(grad, x)
+
+
 def _gelu(form: str) -> _Formula:
     """Either form. On an NPU not torch's operators, which torch_npu makes one and the same for both."""
 
@@ -45,7 +52,7 @@ FORMULAS = {
     "fastgelu": _Formula(lambda x: x * torch.sigmoid(1.702 * x), _fastgelu_backward),
     "gelu": _gelu("tanh"),
     "relu": _Formula(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
-    "silu": _Formula(F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
+    "silu": _Formula(F.silu, _silu_backward),
     "gelu_erf": _gelu("none"),
     "relu2": _Formula(lambda x: F.relu(x).square(), lambda grad, x: grad * 2 * F.relu(x)),
 }

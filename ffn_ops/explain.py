@@ -12,7 +12,7 @@ import torch
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Plan, Spec, Violation, spec_of
-from ffn_ops.op import current_target, npu_target
+from ffn_ops.op import broken_ids, current_target, npu_target
 from ffn_ops.packing import is_packed, packed_spec
 
 _ACLNN_SYSTEM = 16 * 1024 * 1024  # bytes that CANN reserves in every workspace
@@ -95,6 +95,7 @@ def explain(
     inner_precise: int | None = None,
     output_dtype: Any = None,
     out: Any = None,
+    activate_left: bool = False,
     target: str | None = None,
 ) -> Explanation:
     """What `target` (by default x's NPU, else the current one) would do with the call that ffn() takes with
@@ -105,7 +106,8 @@ def explain(
     int4 elements, packed int32 and uint8 ones in stored elements; what `prepack` made counts as what it was
     made from. Values of expert_tokens are checked where they can be read (a list, an array or a tensor on the
     CPU), for every target, as the vendor documents them: a device cannot enforce that. Raises ContractError
-    only for an unknown target and for arguments that are none of the above.
+    only for an unknown target and for arguments that are none of the above. activate_left changes nothing of
+    what is legal.
     """
     given = {
         "x": x, "weight1": weight1, "weight2": weight2, "expert_tokens": expert_tokens,
@@ -132,7 +134,9 @@ def explain(
         if route == "grouped" and not moe:
             continue
         broken = contract.violations(specs, activation, route, inner_precise=inner_precise, target=target)
-        routes[route] = broken or _token_violations(tokens, specs["x"], tokens_index_flag)
+        routes[route] = (
+            broken or _token_violations(tokens, specs["x"], tokens_index_flag) or _id_violations(topk_ids)
+        )
     plan = None
     if not all(routes.values()):
         plan = contract.resolve(specs, activation, inner_precise=inner_precise, target=target)
@@ -172,6 +176,11 @@ def _token_violations(tokens: list[int] | None, x: Spec, tokens_index_flag: bool
     except ContractError as error:
         return (Violation("expert_tokens-values", str(error)),)
     return ()
+
+
+def _id_violations(topk_ids: Any) -> tuple[Violation, ...]:
+    broken = broken_ids(topk_ids) if isinstance(topk_ids, torch.Tensor) else None
+    return (Violation("topk_ids-values", broken),) if broken else ()
 
 
 def _workspace(plan: Plan, specs: Mapping[str, Spec], target: str) -> int:

@@ -75,6 +75,9 @@ def block_gradients(
         dweights = (a * da).sum(-1)
         if block.bias2 is not None:
             dweights = dweights + (grad.float() * by_row(block.bias2, expert_tokens, rows.shape[0])).sum(-1)
+        # Rows without an expert contribute nothing, not even where their gradient is NaN.
+        nobodys = torch.arange(rows.shape[0], device=rows.device) >= expert_tokens.sum()
+        dweights = dweights.masked_fill(nobodys, 0)
         da = da * weights[:, None]
         weighted = (grad.float() * weights[:, None]).to(dtype)
     dh = activate_backward(da, h, block.activation, block.activate_left)
@@ -93,7 +96,7 @@ def block_gradients(
 def sums(rows: Tensor, expert_tokens: Tensor) -> Tensor:
     """The sum of each expert's rows [rows, N], in float32: [E, N]."""
     rows = rows.float()
-    return grouped_outer(torch.ones_like(rows[:, :1]), rows, expert_tokens).squeeze(1)
+    return grouped_outer(rows.new_ones(rows.shape[0], 1), rows, expert_tokens).squeeze(1)
 
 
 def by_row(bias: Tensor, expert_tokens: Tensor, rows: int) -> Tensor:
@@ -109,14 +112,14 @@ def ffn_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The gradient of x, and all others, for ffn.ffn: x [..., K1], weights with E when expert_tokens is
     given."""
-    rows, wanted = x.reshape(-1, x.shape[-1]), wanted_of(block)
+    rows, wanted = x.flatten(0, -2), wanted_of(block)
     dense = expert_tokens is None or len(expert_tokens) == 0
     if expert_tokens is None or dense:
         expert_tokens = torch.full((1,), rows.shape[0], dtype=torch.int64, device=x.device)
         block = _each(block, lambda tensor: tensor[None])
     elif tokens_index_flag:
         expert_tokens = expert_tokens.diff(prepend=expert_tokens.new_zeros(1))
-    found = block_gradients(grad.reshape(rows.shape[0], -1), rows, expert_tokens, block, wanted)
+    found = block_gradients(grad.flatten(0, -2), rows, expert_tokens, block, wanted)
     dx = found.rows.reshape(x.shape)
     return dx, _each(found, lambda tensor: tensor[0]) if dense else found
 
@@ -135,12 +138,13 @@ def moe_gradients(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The gradients of x and topk_weights, and all others, for ffn.moe: x [..., K1], topk_ids
     [..., top_k]."""
-    rows, top_k = x.reshape(-1, x.shape[-1]), topk_ids.shape[-1]
-    sorted_rows, expert_tokens, order = permute(rows, topk_ids.reshape(-1, top_k), len(block.weight1))
-    grads = grad.reshape(rows.shape[0], -1)[order // max(top_k, 1)]
+    rows, top_k = x.flatten(0, -2), topk_ids.shape[-1]
+    sorted_rows, expert_tokens, order = permute(rows, topk_ids.flatten(0, -2), len(block.weight1))
+    grads = grad.flatten(0, -2)[order // max(top_k, 1)]
     weights = topk_weights.reshape(-1)[order].float()
     found = block_gradients(grads, sorted_rows, expert_tokens, block, wanted_of(block), weights)
-    dx = restore(found.rows, order).reshape(rows.shape[0], top_k, -1).float().sum(1).to(x.dtype)
+    slots = restore(found.rows, order).reshape(rows.shape[0], top_k, rows.shape[1])
+    dx = slots.float().sum(1).to(x.dtype)
     assert found.weights is not None
     dweights = restore(found.weights, order).reshape(topk_weights.shape).to(topk_weights.dtype)
     return dx.reshape(x.shape), dweights, found

@@ -84,6 +84,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     float32, rounded once. Experts that the operators cannot compute run their eager implementation, which
     one warning says. Raises ContractError for tensors that do not fit each other.
     """
+    weight = getattr(self, _names(self)[0], None)
+    if type(weight) is PackedWeight and weight.dtype != hidden_states.dtype:
+        if not torch.is_autocast_enabled("cpu"):
+            raise ContractError(
+                f"hidden_states is {hidden_states.dtype}, but {weight.label} is packed in {weight.dtype} "
+                "(cast hidden_states, or the model by .to(dtype), which packs it again)"
+            )
+        y = experts_forward(self, hidden_states.to(weight.dtype), top_k_index, top_k_weights)
+        return y.to(hidden_states.dtype)
     why_not = _why_eager(self, hidden_states.dtype)
     if why_not:
         return _eager(self, why_not, hidden_states, top_k_index, top_k_weights)
@@ -158,7 +167,10 @@ def _why_eager(experts: Any, dtype: torch.dtype) -> str | None:
                 f"its {name} is {weight.dtype}, but the operators take float32, float16 or bfloat16 (cast it)"
             )
         if weight.dtype != dtype:
-            return f"its {name} is {weight.dtype} and hidden_states {dtype}, but the operators take one dtype"
+            return (
+                f"its {name} is {weight.dtype} and hidden_states {dtype}, but the operators take one dtype "
+                "(cast one of them)"
+            )
         if type(weight) is not PackedWeight and is_traceable_wrapper_subclass(weight):
             return f"its {name} is a {type(weight).__name__}, which the operators cannot read"
     return None
@@ -279,6 +291,17 @@ class PackedWeight(Tensor):
             return self._like(self.block.clone())
         if self is not None and func is aten._to_copy.default:
             return self._converted(kwargs.get("device"), kwargs.get("dtype"))
+        if self is not None and func.overloadpacket is aten.to:  # in inference mode nothing makes it _to_copy
+            given = {
+                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
+            }
+            given |= kwargs
+            like = given.get("other", self)
+            device, dtype = given.get("device") or like.device, given.get("dtype") or like.dtype
+            same = (torch.device(device), dtype) == (self.device, self.dtype)
+            return self if same and not given.get("copy") else self._converted(device, dtype)
+        if func is aten._has_compatible_shallow_copy_type.default:
+            return False  # nn.Module shall make a new parameter, as outside inference mode
         if func is aten.copy_.default and args[0] is args[1]:
             return args[0]  # load_state_dict, after _repack_state
         if self is None:  # inside a list
@@ -326,6 +349,21 @@ class PackedWeight(Tensor):
         if mode:
             raise ContractError(self._read_only("requires_grad was to be set"))
         return self
+
+    def share_memory_(self) -> "PackedWeight":
+        self.block.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.block.is_shared()
+
+    def data_ptr(self) -> int:
+        raise ContractError(
+            f"{self.label} is packed, and has no address (read its .unpacked(), or its .block)"
+        )
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise ContractError(f"{self.label} is packed, and DLPack cannot hand it on (hand on its .unpacked())")
 
     @property
     def data(self) -> "PackedWeight":
@@ -389,11 +427,16 @@ def pack_(model: nn.Module) -> Packed:
     Raises ContractError when the model has no experts, or experts whose implementation is another one. Those
     that the operators cannot compute, or that are not on the CPU, are skipped.
     """
+    if not isinstance(model, nn.Module):
+        raise ContractError(
+            f"model is a {type(model).__name__}, but it must be a torch.nn.Module (pass the model itself)"
+        )
     experts = {name: module for name, module in model.named_modules() if _is_experts(module)}
     if not experts:
         raise ContractError(
             f"{type(model).__name__} has no experts that an experts_implementation reaches, so there is "
-            "nothing to pack (pass a model whose experts class transformers decorates)"
+            "nothing to pack (an ffn_ops.MoE has a pack_ of its own, and Switch and NLLB-MoE go through "
+            "ffn_ops.patch)"
         )
     for name, module in experts.items():
         chosen = getattr(module.config, "_experts_implementation", None)
@@ -464,7 +507,7 @@ def _repack_state(
     for key, weight in _packed_of(module, prefix):
         loaded = state_dict.get(key)
         if isinstance(loaded, Tensor) and loaded.shape == weight.shape:
-            weight.repack(loaded)
+            weight.repack(loaded.unpacked() if isinstance(loaded, PackedWeight) else loaded)
             state_dict[key] = (
                 weight  # nn.Module copies it onto itself; other shapes it refuses in its own words
             )

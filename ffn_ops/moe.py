@@ -5,7 +5,7 @@ torch.ops.ffn.moe is the last three in one operator; permute and combine are for
 activations for a backward pass, and activations that it does not know. docs/moe.md has the picture.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ffn_ops import contract
 from ffn_ops.activation import GATES, activate
 from ffn_ops.contract import ContractError
-from ffn_ops.op import operand_bias
-from ffn_ops.packing import Packable
+from ffn_ops.op import broken_ids, check_moe, operand_bias
+from ffn_ops.packing import Packable, is_packed, packed_spec
 
 ROUTERS = ("softmax", "topk_softmax", "sigmoid", "top1")
 CLAMPED_SWIGLU = "swiglu_clamped"
@@ -53,6 +53,15 @@ def route(
     multiplies them. All in float32. Raises ContractError for NaN logits on the CPU; a device's are not read.
     """
     _check_routing(logits.shape[-1], top_k, router, n_group, topk_group)
+    if not logits.is_floating_point():
+        raise ContractError(
+            f"logits are {logits.dtype}, but a router gives floating-point ones (cast them, or pass logits "
+            "rather than ids)"
+        )
+    if correction_bias is not None and router != "sigmoid":
+        raise ContractError(
+            f"correction_bias is given, but router {router} has none (leave it out, or use sigmoid)"
+        )
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(logits.isnan().any()):
         row = int(logits.isnan().any(-1).nonzero()[0, 0])
         raise ContractError(
@@ -117,8 +126,16 @@ def combine(rows: Tensor, topk_weights: Tensor, order: Tensor) -> Tensor:
 
 
 def load_statistics(topk_ids: Tensor, E: int) -> Load:
-    """Tokens of each expert, and how uneven they are. Waits for the device."""
+    """Tokens of each of E experts, by the ids of a Routing, and how uneven they are. Waits for the device."""
+    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in (torch.int64, torch.int32):
+        kind = topk_ids.dtype if isinstance(topk_ids, Tensor) else type(topk_ids).__name__
+        raise ContractError(
+            f"topk_ids is {kind}, but it must be an int64 or int32 tensor (pass the ids of a Routing)"
+        )
     ids = topk_ids.reshape(-1)
+    broken = broken_ids(ids)
+    if broken:
+        raise ContractError(broken)
     tokens = ids[ids < E].bincount(minlength=E)
     total = int(tokens.sum())
     return Load(tokens, float(tokens.max()) * E / total if total else 1.0)
@@ -177,13 +194,21 @@ class MoE(Packable):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("num_experts", num_experts),
+        for name, size, least in (
+            ("hidden_size", hidden_size, 1),
+            ("intermediate_size", intermediate_size, 1),
+            ("num_experts", num_experts, 1),
+            ("shared_experts", shared_experts, 0),
         ):
-            if size < 1:
-                raise ContractError(f"{name} is {size}, but it must be at least 1 (choose a size)")
+            if not isinstance(size, int) or size < least:
+                raise ContractError(
+                    f"{name} is {size!r}, but it must be a whole number from {least} (choose a size)"
+                )
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ContractError(
+                f"dtype is {dtype!r}, but it must be torch.float32, torch.float16 or torch.bfloat16 (choose "
+                "one)"
+            )
         if activation not in ACTIVATIONS:
             raise ContractError(
                 f"activation is {activation!r}, but it must be one of {', '.join(ACTIVATIONS)} (name one)"
@@ -213,8 +238,10 @@ class MoE(Packable):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform up to 1 / sqrt(K), as nn.Linear; biases are 0."""
+        """Uniform up to 1 / sqrt(K), as nn.Linear; biases are 0, the correction too."""
         self.gate.reset_parameters()
+        if self.correction_bias is not None:
+            self.correction_bias.zero_()
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("bias"):
                 parameter.zero_()
@@ -239,26 +266,28 @@ class MoE(Packable):
         tokens = x.reshape(-1, self.hidden_size)
         y = self.experts(tokens, *self.route(tokens))
         if self.shared_weight1 is not None and self.shared_weight2 is not None:
-            weights = (self.shared_weight1, self.shared_weight2)
+            tokens, *pair = _autocast(tokens, self.shared_weight1, self.shared_weight2)
             everyone = torch.full((1,), tokens.shape[0], device=x.device)
             # With experts aclnnFFNV3 has only these, and a single one counts too.
             known = x.device.type != "npu" or self.activation in contract.VENDOR_ACTIVATIONS[:4]
             if known and self._fuses(x):
-                y = y + torch.ops.ffn.ffn(tokens, *weights, self.activation, everyone)
+                y = y + torch.ops.ffn.ffn(tokens, *pair, self.activation, everyone)
             else:
-                y = y + self._unfused(tokens, everyone, *weights, wide=self.shared_experts)
+                y = y + self._unfused(tokens, everyone, pair[0], pair[1], wide=self.shared_experts)
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The routed part alone, for tokens x [M, hidden_size] and ids and weights [M, top_k]: ids from
-        num_experts on are skipped."""
-        bias1, bias2 = operand_bias(self.bias1), operand_bias(self.bias2)
+        num_experts on are skipped. Raises RuntimeError for what torch.ops.ffn.moe refuses."""
+        x, weight1, weight2, *biases = _autocast(x, self.weight1, self.weight2, self.bias1, self.bias2)
+        bias1, bias2 = map(operand_bias, biases)
+        operands = (x, topk_ids, topk_weights, weight1, weight2)
         if self._fuses(x, topk_weights):
-            return torch.ops.ffn.moe(
-                x, topk_ids, topk_weights, self.weight1, self.weight2, self.activation, bias1, bias2
-            )
+            return torch.ops.ffn.moe(*operands, self.activation, bias1, bias2)
+        # With gradients and without, and for a clamped gate as for others, the same calls are legal.
+        check_moe(*operands, "swiglu" if self.activation == CLAMPED_SWIGLU else self.activation, bias1, bias2)
         rows, expert_tokens, order = permute(x, topk_ids, self.num_experts)
-        rows = self._unfused(rows, expert_tokens, self.weight1, self.weight2, bias1, bias2)
+        rows = self._unfused(rows, expert_tokens, weight1, weight2, bias1, bias2)
         return combine(rows, topk_weights, order)
 
     def _fuses(self, *inputs: Tensor) -> bool:
@@ -287,6 +316,17 @@ class MoE(Packable):
         return text + (", packed" if self.weight1.dim() == 1 else "")
 
 
+def _autocast(x: Tensor, *weights: Any) -> tuple[Any, ...]:
+    """Under autocast x and weights in its dtype, as for F.linear; packed ones stay, and x gets theirs."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, *weights
+    if is_packed(weights[0]):
+        return x.to(getattr(torch, packed_spec(weights[0]).dtype)), *weights
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)
+
+
 def _check_routing(E: int, top_k: int, router: str, n_group: int, topk_group: int) -> None:
     if router not in ROUTERS:
         raise ContractError(
@@ -300,8 +340,8 @@ def _check_routing(E: int, top_k: int, router: str, n_group: int, topk_group: in
         )
     if n_group < 1 or E % n_group or not 1 <= topk_group <= n_group:
         raise ContractError(
-            f"n_group and topk_group are {n_group} and {topk_group}, but groups must divide the {E} experts "
-            "and topk_group is one to all of them (choose others)"
+            f"n_group is {n_group} and topk_group {topk_group}, but n_group must divide the {E} experts "
+            "evenly and topk_group be from 1 to n_group (choose others)"
         )
     if n_group > 1 and router != "sigmoid":
         raise ContractError(

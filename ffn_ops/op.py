@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Spec, spec_of
-from ffn_ops.packing import is_packed
+from ffn_ops.packing import is_packed, packed_spec
 
 
 def _load() -> ctypes.CDLL:
@@ -200,6 +200,7 @@ NO_GRADIENT = (
 def _fake_grouped_mm(
     x: Tensor, weight: Tensor, expert_tokens: Tensor, bias: Tensor | None = None, *, N: int | None = None
 ) -> Tensor:
+    _specs({"x": x, "weight": weight, "expert_tokens": expert_tokens, "bias": bias}, None)
     if is_packed(weight) and N is None:
         raise RuntimeError(
             "weight is prepacked, but its N cannot be read while tracing (pass N to grouped_mm)"
@@ -209,6 +210,7 @@ def _fake_grouped_mm(
 
 @torch.library.register_fake("ffn::grouped_outer")
 def _fake_grouped_outer(x: Tensor, grad: Tensor, expert_tokens: Tensor) -> Tensor:
+    _specs({"x": x, "grad": grad, "expert_tokens": expert_tokens}, None)
     return x.new_empty(expert_tokens.shape[0], x.shape[-1], grad.shape[-1])
 
 
@@ -299,6 +301,51 @@ torch.library.register_autograd("ffn::grouped_outer", _grouped_outer_backward, s
 # On an NPU ffn.ffn is C++ (csrc/op/ffn_npu.cc), and the others are made of torch_npu's operators.
 _on_npu = torch.library.Library("ffn", "IMPL", "PrivateUse1")
 _known_plan = functools.lru_cache(maxsize=4096)(_plan)  # to check a call takes longer than to launch it
+
+
+def broken_ids(topk_ids: Tensor) -> str | None:
+    """What is wrong with the values of topk_ids, where the host reads them, as csrc/op/ffn_cpu.cc says it."""
+    if topk_ids.device.type != "cpu" or isinstance(topk_ids, torch._subclasses.FakeTensor):
+        return None
+    negative = topk_ids[topk_ids < 0]
+    if negative.numel() == 0:
+        return None
+    return (
+        f"topk_ids holds {int(negative[0])}, but experts are numbered from 0 (an id of E or more is one to "
+        "skip)"
+    )
+
+
+def check_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str,
+    bias1: Tensor | None,
+    bias2: Tensor | None,
+) -> None:
+    """Raises what torch.ops.ffn.moe would raise for this call, whose work is done by other operators.
+
+    While tracing nothing is looked at: the operators' own checks come when the graph runs.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tensors = {
+        "x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, "weight1": weight1, "weight2": weight2,
+        "bias1": bias1, "bias2": bias2,
+    }  # fmt: skip
+    specs = _specs(tensors, None)
+    for name, weight in (("weight1", weight1), ("weight2", weight2)):
+        if is_packed(weight) and weight.device.type == "cpu":
+            specs[name] = packed_spec(weight)
+    _known_plan(
+        tuple(specs.items()), activation, None, npu_target() if x.device.type == "npu" else current_target()
+    )
+    broken = broken_ids(topk_ids)
+    if broken:
+        raise RuntimeError(broken)
 
 
 def _moe_npu(

@@ -80,6 +80,11 @@ def swap_glu_halves(tensor: Tensor, dim: int = -1) -> Tensor:
     Hugging Face packs [gate | up] and computes act(left) * right; the operator computes left * act(right).
     Packed int4 weights can be passed too: a half is whole bytes whenever the packed size is even.
     """
+    if is_packed(tensor):
+        raise ContractError(
+            "tensor is a row of uint8, as prepacked weights are, but their halves lie in panels "
+            "(swap the weight before prepack)"
+        )
     if tensor.shape[dim] % 2:
         raise ContractError(
             f"tensor has size {tensor.shape[dim]} along dimension {dim}, but two halves need an even size "
@@ -137,7 +142,8 @@ def packed_spec(packed: Tensor) -> Spec:
     from ffn_ops import _native  # op.py imports this module before it looks whether anything is built
 
     try:
-        return Spec(*_native.packed_spec(bytes(packed[:64].tolist()), packed.numel()))
+        dtype, shape = _native.packed_spec(bytes(packed[:64].tolist()), packed.numel())
+        return Spec(dtype, tuple(shape))
     except ValueError as error:
         raise ContractError(str(error)) from None
 
@@ -162,8 +168,9 @@ class Packable(nn.Module):
     def pack_(self: _Module) -> _Module:
         """Prepacks the weights in place, one after the other, and returns the module.
 
-        They are buffers then. state_dict holds them packed; load_state_dict takes packed and plain ones,
-        packed module or not.
+        They are buffers then, and frozen: backward passes give gradients to what lies around them only where
+        they need none themselves. state_dict holds them packed; load_state_dict takes packed and plain ones,
+        packed module or not, and .to(dtype) packs them again.
         """
         for name in self.packed_names:
             weight = getattr(self, name)
@@ -172,6 +179,19 @@ class Packable(nn.Module):
             packed = prepack(weight.detach())
             self._parameters.pop(name, None)
             self.register_buffer(name, packed)
+        return self
+
+    def _apply(self: _Module, fn: Any, recurse: bool = True) -> _Module:
+        super()._apply(fn, recurse)
+        for name in self.packed_names:
+            weight = getattr(self, name)
+            if weight is None or not is_packed(weight) or weight.device.type != "cpu":
+                continue
+            dtype = getattr(torch, packed_spec(weight).dtype, None)  # none for int4
+            if dtype is not None and dtype.is_floating_point:
+                wanted = fn(torch.empty(0, dtype=dtype)).dtype
+                if wanted != dtype:
+                    self._buffers[name] = prepack(unpack(weight).to(wanted))
         return self
 
     def _match_packing(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
@@ -183,7 +203,7 @@ class Packable(nn.Module):
                     state_dict[prefix + name] = _as_packed_as(own, loaded.detach())
                 except ContractError as error:
                     error_msgs.append(f"{prefix}{name}: {error}")
-                    del state_dict[prefix + name]
+                    state_dict[prefix + name] = own  # which is not missing
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -198,7 +218,9 @@ class Packable(nn.Module):
 def _as_packed_as(own: Tensor, loaded: Tensor) -> Tensor:
     """The weight `loaded`, prepacked or not as the module's `own` is."""
     if not is_packed(loaded):
-        loaded = prepack(loaded)
+        dtype = getattr(torch, packed_spec(own).dtype, None)  # none for int4
+        cast = dtype is not None and dtype.is_floating_point and loaded.is_floating_point()
+        loaded = prepack(loaded.to(dtype) if cast else loaded)  # cast as load_state_dict casts plain ones
     if not is_packed(own):
         return unpack(loaded)
     if packed_spec(loaded) != packed_spec(own):

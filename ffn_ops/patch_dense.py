@@ -8,8 +8,10 @@ computes what it always did. Torch only; what experts need too is in patched.py,
 """
 
 import functools
+import gc
 import inspect
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,7 +48,12 @@ class _Deferred:
     # While a block is tried: who asked for the tensor, or "" for the operator, and after which activation.
     asked: list[tuple[str, str | None]] | None = None
 
+    # While a block is tried: all that it made.
+    made: "list[weakref.ref[_Deferred]] | None" = None
+
     def __init__(self, first: Any, x: Tensor):
+        if self.made is not None:
+            self.made.append(weakref.ref(self))
         self.first, self.x = first, x
         self.form: str | None = None
         self.activate: Any = None
@@ -59,7 +66,8 @@ class _Deferred:
             self.asked.append((asker, self.form))
         if self.tensor is None:
             self.check_x()
-            with torch.set_grad_enabled(self.grad):
+            # As it was when the first layer was called; _fits saw no autocast there.
+            with torch.set_grad_enabled(self.grad), torch.autocast("cpu", enabled=False):
                 h = self.first.layer(self.x)
                 self.tensor = h if self.activate is None else self.activate(h)
         return self.tensor
@@ -151,7 +159,6 @@ for _name_of in set(dir(Tensor)) - set(vars(_Deferred)) - _ITS_OWN:
 
 
 def _version(x: Tensor) -> int | None:
-    # Where there is none, it rests on the trial: a block that changes x on its way raises there.
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
@@ -166,7 +173,10 @@ class First(Patched):
     def forward(self, x: Tensor) -> Any:
         if self.training or watched(self) or not (isinstance(x, Tensor) and fits(self, x)):
             return self.layer(x)
-        return self._deferred(self, x)
+        # In inference mode nothing counts who writes to x before the second layer reads it, so that has a
+        # copy, which costs little beside two products.
+        uncounted = not torch.compiler.is_compiling() and x.is_inference()
+        return self._deferred(self, x.clone() if uncounted else x)
 
 
 class _Marked(Patched):
@@ -307,7 +317,7 @@ def _try(block: _Block, forms: list[str]) -> tuple[str | None, str]:
     """
     first, last = block.first, block.last
     with trial(block.scope):
-        inputs, why = _inputs(block)
+        inputs, expected, why = _inputs(block)
     if inputs is None and not (forms and block.in_order):
         return None, ""
     first.__class__ = patched_class(type(first), First)
@@ -315,10 +325,17 @@ def _try(block: _Block, forms: list[str]) -> tuple[str | None, str]:
     if inputs is None:
         return forms[0], f" (not tried: alone it raises {why})"
     asked: list[tuple[str, str | None]] = []
-    first._deferred = type("_Tried", (_Deferred,), {"asked": asked})
+    made: list[weakref.ref[_Deferred]] = []
+    first._deferred = type("_Tried", (_Deferred,), {"asked": asked, "made": made})
     try:
         with trial(block.scope):
-            block.scope.forward(*inputs)
+            y = block.scope.forward(*inputs)
+            if not _same(y, expected):
+                asked.append(("code that takes no stand-in for a tensor", None))
+            del y
+            gc.collect()
+            if any(alive() is not None for alive in made):
+                asked.append(("something that outlives the block", None))
     except Exception as error:
         asked.append((f"code that raises {type(error).__name__} ({error})", None))
     finally:
@@ -337,8 +354,28 @@ def _try(block: _Block, forms: list[str]) -> tuple[str | None, str]:
     )
 
 
-def _inputs(block: _Block) -> tuple[tuple[Any, ...] | None, str]:
-    """Arguments that the block runs on, made up from the width of its first layer; or None, and why not."""
+def _same(y: Any, expected: Any) -> bool:
+    """Whether two results of a block are each other's, but for roundings: these move y by few eps, anything
+    else by about as much as y itself."""
+    leaves, of_expected = pytree.tree_leaves(y), pytree.tree_leaves(expected)
+    if len(leaves) != len(of_expected):
+        return False
+    for one, other in zip(leaves, of_expected, strict=True):
+        if not isinstance(other, Tensor):
+            continue
+        if type(one) is not type(other) or one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if other.is_meta or not other.is_floating_point():
+            continue
+        off = (one - other).double().norm()
+        if not bool(off <= torch.finfo(other.dtype).eps ** 0.5 * other.double().norm()):
+            return False
+    return True
+
+
+def _inputs(block: _Block) -> tuple[tuple[Any, ...] | None, Any, str]:
+    """Arguments that the block runs on, made up from the width of its first layer, and what it gives for
+    them; or None twice, and why not."""
     weight = matrix_of(block.first)
     parameters = inspect.signature(block.scope.forward).parameters.values()
     needed = [
@@ -353,8 +390,7 @@ def _inputs(block: _Block) -> tuple[tuple[Any, ...] | None, str]:
         for rest in (None, x):
             inputs = (x, *(rest for _ in needed[1:]))
             try:
-                block.scope.forward(*inputs)
-                return inputs, ""
+                return inputs, block.scope.forward(*inputs), ""
             except Exception as error:
                 why = why or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None, why
+    return None, None, why

@@ -109,6 +109,8 @@ def _stack(parameters: list[Any]) -> Tensor | None:
         if p is None or (p.shape, p.dtype, p.device) != (first.shape, first.dtype, first.device):
             return None
         together = together and p.data_ptr() == start + i * size and p.is_contiguous()
+    if not together and any(p.is_shared() for p in parameters):
+        return None  # with other processes, which must go on seeing the same memory
     if not together:
         # What is made in inference mode could not be trained, and parameters that were take nothing else.
         with torch.inference_mode(first.is_inference()):

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ffn_ops import contract
 from ffn_ops.activation import FORMULAS
+
+_every_module = nn.modules.module
 
 DTYPES = tuple(getattr(torch, mode.x) for mode in contract.MODES if mode.name in contract.FLOAT_MODES)
 
@@ -70,6 +73,8 @@ def watched(module: nn.Module) -> bool:
     """Whether somebody looks at, or has replaced, what `module` returns."""
     return bool(
         module._forward_hooks
+        or _every_module._global_forward_hooks
+        or _every_module._global_forward_pre_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -84,14 +89,19 @@ def matrix_of(linear: Any) -> Tensor:
 
 def fits(linear: Any, x: Tensor) -> bool:
     """Whether the operator may stand in for `linear` here and now."""
-    weight = linear.weight
+    weight, bias = linear.weight, linear.bias
     return (
         x.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.device.type in ("cpu", "meta")
         and 2 <= x.dim() <= 8
+        and weight.layout == torch.strided
+        and (bias is None or bias.shape == matrix_of(linear).shape[1:])
         and not torch.is_autocast_enabled("cpu")
+        and fwAD._current_level < 0  # forward-mode AD sees a constant in the operator
+        # and torch.func has no rule for it, but tracing is a transform too
+        and (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None)
         and not is_traceable_wrapper_subclass(weight)  # quantized, or a DTensor
         and not is_traceable_wrapper_subclass(x)
     )

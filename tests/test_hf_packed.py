@@ -10,6 +10,7 @@ import torch
 from experts import CLASSES, INNER, E, H, assert_within, eager, exact_and_bound, experts, inputs
 from torch import Tensor, nn
 
+import ffn_ops
 from ffn_ops import hf
 from ffn_ops.contract import ContractError
 from ffn_ops.packing import prepack
@@ -193,3 +194,46 @@ def test_a_new_parameter_takes_a_packed_ones_place():
     y = module(*call)
     module.down_proj = nn.Parameter(module.down_proj.unpacked() * 2)
     torch.testing.assert_close(module(*call), 2 * y)
+
+
+@torch.no_grad()
+def test_inference_mode_casts_as_elsewhere():
+    module = packed("MixtralExperts")
+    with torch.inference_mode():
+        same_module = module.to("cpu").float()
+        assert same_module(*inputs()).isfinite().all()
+        assert module.bfloat16()(*inputs(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_memory_is_shared_and_addresses_are_refused():
+    module = packed("MixtralExperts").share_memory()
+    weight = next(p for p in module.parameters() if isinstance(p, hf.PackedWeight))
+    assert weight.is_shared() and weight.block.is_shared()
+    for read in (weight.data_ptr, weight.__dlpack__):
+        with pytest.raises(ContractError, match="is packed, and"):
+            read()
+
+
+@torch.no_grad()
+def test_hidden_states_of_another_dtype():
+    module, (x, ids, weights) = packed("MixtralExperts"), inputs()
+    with pytest.raises(ContractError, match=r"hidden_states is torch.bfloat16, but .* is packed in"):
+        module(x.bfloat16(), ids, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x.bfloat16(), ids, weights)
+    assert torch.equal(y, module(x.bfloat16().float(), ids, weights).bfloat16())
+
+
+@torch.no_grad()
+def test_a_packed_models_parameters_load_into_another():
+    module, other = packed("MixtralExperts"), packed("MixtralExperts")
+    other.load_state_dict({n: p * 2 for n, p in experts("MixtralExperts").named_parameters()})
+    module.load_state_dict(dict(other.named_parameters()))
+    assert same(module.state_dict(), other.state_dict())
+
+
+def test_what_is_no_model_of_transformers_is_sent_elsewhere():
+    with pytest.raises(ContractError, match="model is a str, but it must be a"):
+        hf.pack_("a/path")
+    with pytest.raises(ContractError, match=r"an ffn_ops.MoE has a pack_ of its own"):
+        hf.pack_(ffn_ops.MoE(8, 8, 4, 2))

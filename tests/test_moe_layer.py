@@ -233,13 +233,16 @@ BAD = {
     "top_k is 5, but it must be from 1 to the 4 experts": {"top_k": 5},
     "top_k is 0, but it must be from 1 to the 4 experts": {"top_k": 0},
     "top_k is 2, but router top1 has one": {"router": "top1"},
-    "n_group and topk_group are 3 and 1, but groups must divide the 4 experts": {
+    "n_group is 3 and topk_group 1, but n_group must divide the 4 experts": {
         "router": "sigmoid",
         "n_group": 3,
     },
     "n_group is 2, but router softmax has no groups": {"n_group": 2},
     "top_k is 3, but the 1 chosen groups hold 2": {"router": "sigmoid", "n_group": 2, "top_k": 3},
-    "num_experts is 0, but it must be at least 1": {"num_experts": 0},
+    "num_experts is 0, but it must be a whole number from 1": {"num_experts": 0},
+    "hidden_size is 8.0, but it must be a whole number from 1": {"hidden_size": 8.0},
+    "shared_experts is -1, but it must be a whole number from 0": {"shared_experts": -1},
+    "dtype is torch.float64, but it must be torch.float32": {"dtype": torch.float64},
 }
 
 
@@ -257,7 +260,88 @@ def test_bad_input_is_named():
         moe(torch.zeros(3, 23))
     with pytest.raises(ContractError, match="logits hold NaN for token 1, but"):
         moe(torch.tensor([0.0, torch.nan, 0.0])[:, None].expand(3, 24))
-    with pytest.raises(RuntimeError, match="topk_ids holds -1, but"):
-        ffn_ops.MoE.experts(
-            moe.requires_grad_(False), torch.zeros(1, 24), torch.tensor([[-1, 0]]), torch.ones(1, 2)
-        )
+
+
+EXPERTS_CALLS: dict[str, dict[str, Any]] = {
+    "topk_ids holds -1, but experts are numbered from 0": {"ids": torch.tensor([[-1, 0]])},
+    "topk_ids is float32, but mode float32 takes": {"ids": torch.ones(1, 2)},
+    "topk_ids has shape [2], but it must be [..., top_k]": {"ids": torch.tensor([0, 1])},
+    "topk_weights has shape [1, 3], but it must be": {"weights": torch.ones(1, 3)},
+    "x has shape [1, 24], but it must be [..., K1] = [1, 32]": {"weight1": torch.zeros(4, 32, 24)},
+    "x is bfloat16 and weight1 is float32, but": {"x": torch.zeros(1, 24).bfloat16()},
+    "weight1 is on meta and x on cpu, but": {"weight1": torch.zeros(4, 24, 32, device="meta")},
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("sentence", EXPERTS_CALLS)
+def test_the_same_calls_are_refused_with_and_without_gradients(sentence: str, grad: bool):
+    given = {"x": torch.zeros(1, 24), "ids": torch.tensor([[0, 1]]), "weights": torch.ones(1, 2)}
+    given |= EXPERTS_CALLS[sentence]
+    moe = layer()
+    if "weight1" in given:
+        moe.weight1 = torch.nn.Parameter(given["weight1"])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as refused:
+        moe.experts(given["x"], given["ids"], given["weights"])
+    assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_target_refuses_a_layer_with_and_without_gradients(grad: bool):
+    with ffn_ops.target("ascend910b"), torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="mode float32 runs on the cpu target only"):
+            layer()(torch.zeros(1, 24))
+        layer().bfloat16()(torch.zeros(1, 24).bfloat16())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast_takes_what_a_linear_layer_gives(packed: bool, grad: bool):
+    moe = MoE(24, 16, 4, 2, bias=True, shared_experts=1).requires_grad_(grad)
+    x = torch.randn(5, 24)
+    expected = moe(x).detach()
+    if packed:
+        moe.pack_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            y = moe(given)
+            assert y.dtype == (torch.float32 if packed else torch.bfloat16)
+            # Logits in bf16 may choose other experts, so only that it computes is shown of those rows.
+            close = (y.float() - expected).norm(dim=-1) <= 2**-5 * expected.norm(dim=-1)
+            assert close.sum() >= 3
+    if grad and not packed:
+        y.sum().backward()
+        assert moe.weight1.grad is not None and moe.weight1.grad.dtype == torch.float32
+
+
+def test_a_packed_layer_changes_its_dtype_and_loads_another():
+    moe, other = MoE(24, 16, 4, 2), MoE(24, 16, 4, 2, dtype=torch.bfloat16)
+    x = torch.randn(5, 24).bfloat16()
+    with torch.no_grad():
+        expected = copy.deepcopy(moe).bfloat16()(x)
+        assert torch.equal(moe.pack_().bfloat16()(x), expected)
+        moe = MoE(24, 16, 4, 2).pack_()
+        moe.load_state_dict(other.state_dict())  # rounded to bf16 before, so exact in float32
+        assert torch.equal(ffn_ops.unpack(moe.weight1), other.weight1.float())
+    with pytest.raises(RuntimeError, match="it is no float32 weight of shape") as refused:
+        moe.load_state_dict(other.pack_().state_dict())
+    assert "Missing" not in str(refused.value)
+
+
+def test_what_a_router_does_not_use_is_refused():
+    logits = torch.randn(3, 4)
+    with pytest.raises(ContractError, match="correction_bias is given, but router softmax has none"):
+        route(logits, 2, correction_bias=torch.zeros(4))
+    with pytest.raises(ContractError, match=r"logits are torch\.int64, but a router gives"):
+        route(logits.long(), 2)
+    with pytest.raises(ContractError, match="topk_ids is Routing, but it must be an int64 or int32 tensor"):
+        load_statistics(route(logits, 2), 4)
+    with pytest.raises(ContractError, match="topk_ids holds -1, but"):
+        load_statistics(torch.tensor([-1]), 4)
+
+
+def test_to_empty_and_reset_leave_nothing_unwritten():
+    moe = MoE(24, 16, 4, 2, router="sigmoid", device="meta").to_empty(device="cpu")
+    moe.correction_bias.fill_(7)
+    moe.reset_parameters()
+    assert not moe.correction_bias.any()

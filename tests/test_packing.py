@@ -137,7 +137,7 @@ def test_unpack_gives_back_what_was_packed(dtype, E, K, N, layout, seed):
     assert same(unpack(packed), expected)
     per_item = {torch.uint8: 2, torch.int32: 8}.get(dtype, 1)
     name = "int4" if per_item > 1 else str(dtype).removeprefix("torch.")
-    assert packed_spec(packed) == (name, [*weight.shape[:-1], N * per_item])
+    assert packed_spec(packed) == (name, (*weight.shape[:-1], N * per_item))
     if E is not None:
         assert same(prepack([weight[e] for e in range(E)]), packed)
 
@@ -198,6 +198,31 @@ def changed(block: torch.Tensor, at: int, value: int) -> torch.Tensor:
     return block
 
 
+def resized(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+def test_nothing_is_packed_from_or_into_memory_that_is_not_there():
+    with pytest.raises(ValueError, match="weight reaches to byte 16384, but its storage holds 8"):
+        prepack(resized(torch.randn(64, 64), 8))
+    block = resized(prepack(torch.randn(2, 64, 64)), 64)
+    with pytest.raises(RuntimeError, match="block reaches to byte"):
+        torch.ops.ffn.pack_expert(block, torch.randn(64, 64), 1)
+
+
+def test_a_header_with_half_a_byte_in_a_row_is_refused():
+    block = prepack(pack_int4(torch.randint(-8, 8, (40, 64), dtype=torch.int8)))
+    (at,) = (i for i in range(0, 64, 8) if block[i : i + 8].view(torch.int64).item() == 64)  # N
+    with pytest.raises(ValueError, match="its header promises -1"):
+        unpack(changed(block, at, 63))
+
+
+def test_halves_of_a_packed_weight_are_not_swapped():
+    with pytest.raises(ffn_ops.ContractError, match="tensor is a row of uint8, as prepacked weights are"):
+        swap_glu_halves(prepack(torch.randn(8, 6)))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -208,6 +233,7 @@ def changed(block: torch.Tensor, at: int, value: int) -> torch.Tensor:
         (lambda p: changed(p, 8, 99), "of version 99, but this ffn_ops reads version 2"),
         (lambda p: changed(p, 12, 7), "of version 2"),
         (lambda p: changed(p, 30, 255), "its header promises"),
+        (lambda p: resized(p, 64), "reaches to byte"),
         (lambda p: torch.stack((p, p), 1)[:, 0], "with gaps, but a prepacked weight is dense"),
     ],
 )

@@ -411,6 +411,11 @@ def x_changes_early(m: Any, x: Tensor) -> Tensor:
     return m.fc2(m.act(h)) + x
 
 
+def keeps(m: Any, x: Tensor) -> Tensor:
+    m.kept = m.act(m.fc1(x))
+    return m.fc2(m.kept)
+
+
 def branches(m: Any, x: Tensor) -> Tensor:
     h = m.act(m.fc1(x))
     return m.fc2(h) if h.sum() > 0 else m.fc2(-h)
@@ -444,6 +449,12 @@ TRAPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "backwards": lambda m, x: m.fc1(m.act(m.fc2(x.repeat(1, 2)))).narrow(-1, 0, 8),
 }
 each_trap = pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
+# Python tells a stand-in from a tensor, so only the trial can see these.
+SEEN_BY_TRIAL: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "asks for the type": lambda m, x: m.fc2(h * 3 if isinstance(h := m.act(m.fc1(x)), Tensor) else h),
+    "asks torch for it": lambda m, x: m.fc2(h * 3 if torch.is_tensor(h := m.act(m.fc1(x))) else h),
+    "keeps it": keeps,
+}
 
 
 def outcome(model: nn.Module, x: Tensor) -> Tensor:
@@ -451,7 +462,7 @@ def outcome(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-@each_trap
+@pytest.mark.parametrize("trap", [*TRAPS.values(), *SEEN_BY_TRIAL.values()], ids=[*TRAPS, *SEEN_BY_TRIAL])
 def test_a_block_that_does_anything_else_is_not_patched(trap: Any, calls: Any):
     model, x = Inline(trap), torch.randn(3, 8)
     with torch.no_grad():
@@ -460,6 +471,57 @@ def test_a_block_that_does_anything_else_is_not_patched(trap: Any, calls: Any):
         assert report.changed == 0 and report[0].outcome.startswith("not patched: "), report
         assert torch.equal(outcome(model, x), y)
     assert type(model.fc1) is type(model.fc2) is nn.Linear and type(model.act) is nn.ReLU
+
+
+def test_a_block_that_returns_what_lies_between_is_not_patched():
+    model: Any = Inline(lambda m, x: (m.fc2(h := m.act(m.fc1(x))), h))
+    assert patch(model).changed == 0
+    assert all(isinstance(part, Tensor) for part in model(torch.randn(3, 8)))
+
+
+def test_x_may_change_where_no_trial_sees_it():
+    """In inference mode, where nothing counts the writes."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        h = m.act(m.fc1(x))
+        if len(x) > 3:
+            x.mul_(0.5)
+        return m.fc2(h) + x
+
+    model = Inline(body)
+    with torch.inference_mode():
+        expected = model(torch.ones(5, 8))
+        assert patch(model).changed == 1
+        torch.testing.assert_close(model(torch.ones(5, 8)), expected)
+
+
+def test_global_hooks_see_tensors(calls: Any):
+    model = mlp(nn.ReLU())
+    patch(model)
+    calls.clear()
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(y)))
+    try:
+        model(torch.randn(3, 8))
+    finally:
+        handle.remove()
+    assert set(seen) == {Tensor} and not calls
+
+
+def test_transforms_of_torch_func_and_forward_mode_work_as_before(calls: Any):
+    model, x = mlp(nn.GELU()), torch.randn(3, 8)
+
+    def tangent() -> Tensor:
+        return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+
+    def gradient() -> Tensor:
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    expected = tangent(), gradient()
+    patch(model)
+    calls.clear()
+    assert all(torch.equal(a, b) for a, b in zip((tangent(), gradient()), expected, strict=True))
+    assert not calls
 
 
 @each_trap
@@ -872,6 +934,17 @@ def test_a_model_that_was_made_in_inference_mode_is_patched_too(make: Any, calls
             # Sums of at most 64 terms in another order, a few layers deep.
             torch.testing.assert_close(run(model), expected, rtol=2**-18, atol=2**-18)
     assert calls
+
+
+def test_experts_in_shared_memory_stay_there():
+    model = make_moe("SwitchTransformers").share_memory()
+    ids = inputs(model)
+    with torch.no_grad():
+        expected = model(**ids)[0]
+        report = patch(model)
+        assert not any(row.changed for row in report if "Experts" in row.module)
+        assert all(p.is_shared() for p in model.parameters())
+        torch.testing.assert_close(model(**ids)[0], expected)
 
 
 def test_an_infinite_expert_without_weight_is_not_asked():

@@ -120,7 +120,8 @@ std::string ReadHeader(const char* name, const void* block, int64_t bytes, Packe
            ", but this ffn_ops reads version " + std::to_string(kVersion) +
            " (unpack it with the ffn_ops that packed it, or pack the original again)";
   }
-  const bool sizes = header->E >= 0 && header->K >= 0 && header->N >= 0;
+  const bool pairs = header->dtype != DType::kInt4 || header->N % 2 == 0;  // two columns share a byte
+  const bool sizes = header->E >= 0 && header->K >= 0 && header->N >= 0 && pairs;
   const int64_t expected = sizes ? PackedBytes(*header) : -1;
   if (expected != bytes) {
     return subject + " holds " + std::to_string(bytes) + " bytes, but its header promises " +

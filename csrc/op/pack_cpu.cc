@@ -14,6 +14,7 @@ namespace {
 
 // What a block of E experts like `weight`, a [K, N], begins with.
 cpu::PackedHeader HeaderFor(const Tensor& weight, int64_t E) {
+  CheckPlacement("weight", weight, weight.device());
   if (weight.dim() != 2) {
     throw std::runtime_error("weight of an expert is of rank " + std::to_string(weight.dim()) +
                              ", but it must be [K, N] (pass the weight of one product)");
@@ -34,6 +35,7 @@ cpu::PackedHeader HeaderFor(const Tensor& weight, int64_t E) {
 }
 
 cpu::PackedHeader BlockHeader(const Tensor& block) {
+  CheckPlacement("block", block, block.device());
   const std::optional<cpu::PackedHeader> header = PackedHeaderOf("block", block);
   if (!header)
     throw std::runtime_error("block is no packed weight, but it must be one (make it with prepack)");
