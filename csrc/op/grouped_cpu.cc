@@ -123,8 +123,10 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
   Tensor y = Allocate("y", M * N, [&] { return torch::stable::new_empty(x, {M, N}); });
   problem.y = y.mutable_data_ptr();
   const size_t row = static_cast<size_t>(N) * x.element_size();
-  std::memset(static_cast<char*>(problem.y) + static_cast<size_t>(problem.M) * row, 0,
-              static_cast<size_t>(M - problem.M) * row);
+  if (y.numel() > 0) {  // or there may be no memory to point at
+    std::memset(static_cast<char*>(problem.y) + static_cast<size_t>(problem.M) * row, 0,
+                static_cast<size_t>(M - problem.M) * row);
+  }
   RunOneProduct(problem);
   return y;
 }
@@ -147,6 +149,7 @@ Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
   const auto E = static_cast<int64_t>(row_ends.size());
   const auto bytes = static_cast<int64_t>(x.element_size());
   Tensor y = Allocate("y", E * K * N, [&] { return torch::stable::new_empty(x, {E, K, N}); });
+  if (y.numel() == 0) return y;
   const auto* const rows = static_cast<const char*>(DenseData("grad", grad, kept));
   problem.M = K;
   problem.N2 = N;
