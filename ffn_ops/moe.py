@@ -160,7 +160,8 @@ class MoE(Packable):
 
     activation: one of ACTIVATIONS; alpha and limit are "swiglu_clamped"'s. router, renormalize, n_group,
     topk_group and scaling: see `route`. recompute: a backward pass computes the activations again, from x
-    alone, instead of keeping them. Runs on the CPU and on NPUs; trains in float32, float16 and bfloat16.
+    alone, instead of keeping them. Runs and trains on the CPU in float32, float16 and bfloat16, and on NPUs
+    in the latter two.
     """
 
     packed_names = ("weight1", "weight2", "shared_weight1", "shared_weight2")
