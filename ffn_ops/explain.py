@@ -12,7 +12,7 @@ import torch
 
 from ffn_ops import contract
 from ffn_ops.contract import ContractError, Plan, Spec, Violation, spec_of
-from ffn_ops.op import broken_ids, current_target, npu_target
+from ffn_ops.op import broken_ids, current_target, holds_values, target_of
 from ffn_ops.packing import is_packed, packed_spec
 
 _ACLNN_SYSTEM = 16 * 1024 * 1024  # bytes that CANN reserves in every workspace
@@ -118,8 +118,7 @@ def explain(
         "topk_ids": topk_ids, "topk_weights": topk_weights, "out": out, "output_dtype": output_dtype,
     }  # fmt: skip
     if target is None:
-        on_npu = isinstance(x, torch.Tensor) and x.device.type == "npu"
-        target = npu_target() if on_npu else current_target()
+        target = target_of(x) if isinstance(x, torch.Tensor) else current_target()
     elif target not in contract.TARGETS:
         raise ContractError(
             f"target is '{target}', but it must be one of {', '.join(contract.TARGETS)} (name one of them)"
@@ -146,18 +145,13 @@ def explain(
 
 def _spec(name: str, value: Any) -> Spec:
     prepacked = name in ("weight1", "weight2") and isinstance(value, torch.Tensor) and is_packed(value)
-    return packed_spec(value) if prepacked and _holds_values(value) else spec_of(name, value)
-
-
-def _holds_values(tensor: torch.Tensor) -> bool:
-    """Neither on a device nor fake."""
-    return tensor.device.type == "cpu" and not isinstance(tensor, torch._subclasses.FakeTensor)
+    return packed_spec(value) if prepacked and holds_values(value) else spec_of(name, value)
 
 
 def _readable(expert_tokens: Any) -> list[int] | None:
     """The values of expert_tokens, or None when they are on a device, symbolic or only described."""
     if isinstance(expert_tokens, torch.Tensor):
-        readable = expert_tokens.dtype == torch.int64 and _holds_values(expert_tokens)
+        readable = expert_tokens.dtype == torch.int64 and holds_values(expert_tokens)
         return expert_tokens.tolist() if readable else None
     if hasattr(expert_tokens, "tolist"):
         return expert_tokens.tolist()

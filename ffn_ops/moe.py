@@ -14,7 +14,7 @@ from ffn_ops import contract
 from ffn_ops.activation import GATES, activate
 from ffn_ops.contract import ContractError
 from ffn_ops.op import broken_ids, check_moe, operand_bias
-from ffn_ops.packing import Packable, is_packed, packed_spec
+from ffn_ops.packing import Packable, is_packed, packed_float
 
 ROUTERS = ("softmax", "topk_softmax", "sigmoid", "top1")
 CLAMPED_SWIGLU = "swiglu_clamped"
@@ -282,11 +282,15 @@ class MoE(Packable):
         num_experts on are skipped. Raises RuntimeError for what torch.ops.ffn.moe refuses."""
         x, weight1, weight2, *biases = _autocast(x, self.weight1, self.weight2, self.bias1, self.bias2)
         bias1, bias2 = map(operand_bias, biases)
-        operands = (x, topk_ids, topk_weights, weight1, weight2)
         if self._fuses(x, topk_weights):
-            return torch.ops.ffn.moe(*operands, self.activation, bias1, bias2)
+            return torch.ops.ffn.moe(
+                x, topk_ids, topk_weights, weight1, weight2, self.activation, bias1, bias2
+            )
         # With gradients and without, and for a clamped gate as for others, the same calls are legal.
-        check_moe(*operands, "swiglu" if self.activation == CLAMPED_SWIGLU else self.activation, bias1, bias2)
+        check_moe(
+            "swiglu" if self.activation == CLAMPED_SWIGLU else self.activation, x=x, topk_ids=topk_ids,
+            topk_weights=topk_weights, weight1=weight1, weight2=weight2, bias1=bias1, bias2=bias2,
+        )  # fmt: skip
         rows, expert_tokens, order = permute(x, topk_ids, self.num_experts)
         rows = self._unfused(rows, expert_tokens, weight1, weight2, bias1, bias2)
         return combine(rows, topk_weights, order)
@@ -323,7 +327,7 @@ def _autocast(x: Tensor, *weights: Any) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device):
         return x, *weights
     if is_packed(weights[0]):
-        return x.to(getattr(torch, packed_spec(weights[0]).dtype)), *weights
+        return x.to(packed_float(weights[0])), *weights
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)
 

@@ -82,6 +82,16 @@ def npu_target() -> str:
     return _TARGETS[index] if index >= 0 else "ascend910b"
 
 
+def target_of(x: Tensor) -> str:
+    """The target that a call with this x is checked for: its NPU, also if it is fake, else the current."""
+    return npu_target() if x.device.type == "npu" else current_target()
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Neither on a device nor fake."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
 # The optional tensors of ffn.ffn's schema, in its order; ffn.moe's lacks the first.
 _OPTIONAL = tuple(contract.OPERANDS)[3:-4]
 
@@ -106,9 +116,7 @@ def _check(
             specs[name] = Spec(dtype, (*(None for _ in shape[:-1]), shape[-1]))
     if is_packed(weight1) or is_packed(weight2):
         return x.dtype if x.is_floating_point() else output_dtype or torch.float16
-    device = x.device.type  # "npu", where the device decides, also for fake tensors
-    wanted = npu_target() if device == "npu" else current_target()
-    return getattr(torch, _plan(tuple(specs.items()), activation, inner_precise, wanted).out.dtype)
+    return getattr(torch, _plan(tuple(specs.items()), activation, inner_precise, target_of(x)).out.dtype)
 
 
 def _specs(tensors: Mapping[str, Tensor | None], output_dtype: torch.dtype | None) -> dict[str, Spec]:
@@ -305,7 +313,7 @@ _known_plan = functools.lru_cache(maxsize=4096)(_plan)  # to check a call takes 
 
 def broken_ids(topk_ids: Tensor) -> str | None:
     """What is wrong with the values of topk_ids, where the host reads them, as csrc/op/ffn_cpu.cc says it."""
-    if topk_ids.device.type != "cpu" or isinstance(topk_ids, torch._subclasses.FakeTensor):
+    if not holds_values(topk_ids):
         return None
     negative = topk_ids[topk_ids < 0]
     if negative.numel() == 0:
@@ -316,33 +324,26 @@ def broken_ids(topk_ids: Tensor) -> str | None:
     )
 
 
-def check_moe(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    activation: str,
-    bias1: Tensor | None,
-    bias2: Tensor | None,
-) -> None:
-    """Raises what torch.ops.ffn.moe would raise for this call, whose work is done by other operators.
+def check_moe(activation: str, **tensors: Tensor | None) -> None:
+    """Raises what torch.ops.ffn.moe would raise for a call with these tensors, x first, whose work is done by
+    other operators.
 
     While tracing nothing is looked at: the operators' own checks come when the graph runs.
     """
     if torch.compiler.is_compiling():
         return
-    tensors = {
-        "x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, "weight1": weight1, "weight2": weight2,
-        "bias1": bias1, "bias2": bias2,
-    }  # fmt: skip
     specs = _specs(tensors, None)
-    for name, weight in (("weight1", weight1), ("weight2", weight2)):
-        if is_packed(weight) and weight.device.type == "cpu":
-            specs[name] = packed_spec(weight)
-    _known_plan(
-        tuple(specs.items()), activation, None, npu_target() if x.device.type == "npu" else current_target()
-    )
+    for name, tensor in tensors.items():
+        if (
+            tensor is not None
+            and name in ("weight1", "weight2")
+            and is_packed(tensor)
+            and holds_values(tensor)
+        ):
+            specs[name] = packed_spec(tensor)
+    x, topk_ids = tensors["x"], tensors["topk_ids"]
+    assert x is not None and topk_ids is not None
+    _known_plan(tuple(specs.items()), activation, None, target_of(x))
     broken = broken_ids(topk_ids)
     if broken:
         raise RuntimeError(broken)

@@ -148,6 +148,12 @@ def packed_spec(packed: Tensor) -> Spec:
         raise ContractError(str(error)) from None
 
 
+def packed_float(packed: Tensor) -> torch.dtype | None:
+    """The dtype of a packed weight of a float mode; None for integers."""
+    dtype = getattr(torch, packed_spec(packed).dtype, torch.int8)  # torch has no int4
+    return dtype if dtype.is_floating_point else None
+
+
 def _check_cpu(name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise ContractError(
@@ -187,11 +193,10 @@ class Packable(nn.Module):
             weight = getattr(self, name)
             if weight is None or not is_packed(weight) or weight.device.type != "cpu":
                 continue
-            dtype = getattr(torch, packed_spec(weight).dtype, None)  # none for int4
-            if dtype is not None and dtype.is_floating_point:
-                wanted = fn(torch.empty(0, dtype=dtype)).dtype
-                if wanted != dtype:
-                    self._buffers[name] = prepack(unpack(weight).to(wanted))
+            dtype = packed_float(weight)
+            wanted = dtype and fn(torch.empty(0, dtype=dtype)).dtype
+            if wanted != dtype:
+                self._buffers[name] = prepack(unpack(weight).to(wanted))
         return self
 
     def _match_packing(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
@@ -218,9 +223,8 @@ class Packable(nn.Module):
 def _as_packed_as(own: Tensor, loaded: Tensor) -> Tensor:
     """The weight `loaded`, prepacked or not as the module's `own` is."""
     if not is_packed(loaded):
-        dtype = getattr(torch, packed_spec(own).dtype, None)  # none for int4
-        cast = dtype is not None and dtype.is_floating_point and loaded.is_floating_point()
-        loaded = prepack(loaded.to(dtype) if cast else loaded)  # cast as load_state_dict casts plain ones
+        kept = packed_float(own) if loaded.is_floating_point() else None
+        loaded = prepack(loaded.to(kept or loaded.dtype))  # cast as load_state_dict casts plain ones
     if not is_packed(own):
         return unpack(loaded)
     if packed_spec(loaded) != packed_spec(own):

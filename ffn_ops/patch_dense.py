@@ -33,6 +33,7 @@ from ffn_ops.patched import (
     not_patched,
     obstacle_of,
     patched_class,
+    same_result,
     trial,
     watched,
 )
@@ -330,7 +331,7 @@ def _try(block: _Block, forms: list[str]) -> tuple[str | None, str]:
     try:
         with trial(block.scope):
             y = block.scope.forward(*inputs)
-            if not _same(y, expected):
+            if not same_result(y, expected):
                 asked.append(("code that takes no stand-in for a tensor", None))
             del y
             gc.collect()
@@ -352,25 +353,6 @@ def _try(block: _Block, forms: list[str]) -> tuple[str | None, str]:
         None,
         f"what {block.names.split()[0]} gives{' the activation' if form else ''} goes into {asker}{gate}",
     )
-
-
-def _same(y: Any, expected: Any) -> bool:
-    """Whether two results of a block are each other's, but for roundings: these move y by few eps, anything
-    else by about as much as y itself."""
-    leaves, of_expected = pytree.tree_leaves(y), pytree.tree_leaves(expected)
-    if len(leaves) != len(of_expected):
-        return False
-    for one, other in zip(leaves, of_expected, strict=True):
-        if not isinstance(other, Tensor):
-            continue
-        if type(one) is not type(other) or one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        if other.is_meta or not other.is_floating_point():
-            continue
-        off = (one - other).double().norm()
-        if not bool(off <= torch.finfo(other.dtype).eps ** 0.5 * other.double().norm()):
-            return False
-    return True
 
 
 def _inputs(block: _Block) -> tuple[tuple[Any, ...] | None, Any, str]:

@@ -23,6 +23,7 @@ from ffn_ops.patched import (
     not_patched,
     obstacle_of,
     patched_class,
+    same_result,
     trial,
     watched,
 )
@@ -149,10 +150,7 @@ def patch_experts(path: str, module: Any) -> Row:
         given = _sample(module, weight)
         try:
             expected, y = base.forward(module, *given), module.forward(*given)
-            # Rounding moves y by few eps; experts, weights or slots mixed up, by as much as y itself.
-            same = (y - expected).norm() <= weight.new_tensor(
-                torch.finfo(y.dtype).eps
-            ).sqrt() * expected.norm()
+            same = same_result(y, expected)
             difference = (
                 ""
                 if same and module._stacks(given[0])

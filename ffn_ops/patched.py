@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ffn_ops import contract
@@ -177,3 +178,22 @@ def trial(scope: nn.Module) -> Iterator[None]:
         for module, flag in training:
             module.training = flag
         torch.random.set_rng_state(state)
+
+
+def same_result(y: Any, expected: Any) -> bool:
+    """Whether two results are each other's, but for roundings: these move y by few eps, anything
+    else by about as much as y itself."""
+    leaves, of_expected = pytree.tree_leaves(y), pytree.tree_leaves(expected)
+    if len(leaves) != len(of_expected):
+        return False
+    for one, other in zip(leaves, of_expected, strict=True):
+        if not isinstance(other, Tensor):
+            continue
+        if type(one) is not type(other) or one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if other.is_meta or not other.is_floating_point():
+            continue
+        off = (one - other).double().norm()
+        if not bool(off <= torch.finfo(other.dtype).eps ** 0.5 * other.double().norm()):
+            return False
+    return True
