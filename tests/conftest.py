@@ -5,8 +5,10 @@
 """
 
 import os
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -60,3 +62,34 @@ def pytest_report_header(config: pytest.Config) -> str:
     package = find_spec("ffn_ops")
     found = list(package.submodule_search_locations or []) if package else "not found"
     return f"ffn_ops: {found}, tensors on the {config.getoption('device')}"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Many tiny products: threads would only wait for each other where other processes run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Every call of torch.ops.ffn.ffn and ffn.moe: its arguments, by position and by name, and y."""
+    import torch
+
+    made: list[tuple[Any, ...]] = []
+
+    def recording(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            y = op(*args, **kwargs)
+            made.append((args, kwargs, y))
+            return y
+
+        return call
+
+    for name in ("ffn", "moe"):
+        monkeypatch.setattr(torch.ops.ffn, name, recording(getattr(torch.ops.ffn, name)))
+    yield made

@@ -9,81 +9,30 @@ that a model makes is held to tolerance.py's bound.
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, T5, TEXT, arrays, hf, inputs, make, run
 from native import KERNELS
 from strategies import to_numpy
-from tolerance import assert_close, assert_moe_close
+from tolerance import assert_close
 from torch import Tensor, nn
 
 from ffn_ops import ContractError, _native, patch_dense, patched
-from ffn_ops.activation import FORMULAS
 from ffn_ops.patch import patch, unpatch
 
-hf = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-TEXT = {"vocab_size": 50, **SIZES}
-IMAGE = {"image_size": 16, "patch_size": 8, **SIZES}
-SEQ2SEQ = {"vocab_size": 50, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64,
-           "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64,
-           "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
-T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
-      "decoder_start_token_id": 0}  # fmt: skip
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
-GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, **SPECIAL}
-DISTIL = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-# Family -> config class and its arguments, the activation, the number of blocks.
-FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "Bert": ("BertConfig", TEXT, "gelu_erf", 2),
-    "Roberta": ("RobertaConfig", TEXT, "gelu_erf", 2),
-    "Electra": ("ElectraConfig", {"embedding_size": 16, **TEXT}, "gelu_erf", 2),
-    "Deberta": ("DebertaConfig", TEXT, "gelu_erf", 2),
-    "Albert": ("AlbertConfig", {"embedding_size": 16, **TEXT}, "gelu", 1),
-    "DistilBert": ("DistilBertConfig", DISTIL, "gelu_erf", 2),
-    "ViT": ("ViTConfig", IMAGE, "gelu_erf", 2),
-    "CLIPVision": ("CLIPVisionConfig", IMAGE, "fastgelu", 2),
-    "T5": ("T5Config", T5, "relu", 4),
-    "GPT2": ("GPT2Config", GPT2, "gelu", 2),
-    "OPT": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32, **TEXT}, "relu", 2),
-    "Bart": ("BartConfig", SEQ2SEQ, "gelu_erf", 2),
-    "Whisper": ("WhisperConfig", {"num_mel_bins": 8, "max_source_positions": 10, **SEQ2SEQ}, "gelu_erf", 2),
-    "Phi": ("PhiConfig", {**TEXT, **SPECIAL}, "gelu", 2),
-    "Bloom": ("BloomConfig", {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "gelu", 2),
-    "Nemotron": ("NemotronConfig", {"num_key_value_heads": 2, **TEXT}, "relu2", 2),
-}  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
 some_families = pytest.mark.parametrize("family", ["Bert", "ViT", "T5", "GPT2", "OPT"])
-
-
-def make(family: str, **changes: Any) -> nn.Module:
-    config, arguments, *_ = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(hf, f"{family}Model")(getattr(hf, config)(**arguments, **changes)).eval()
-    for parameter in model.parameters():  # biases too; Switch's own start at 1e-2
-        parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    return model
-
-
-def inputs(model: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 50, (2, 5), generator=generator)
-    if model.main_input_name == "input_ids":
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    else:
-        shape = (2, 3, 16, 16) if model.main_input_name == "pixel_values" else (2, 8, 20)
-        given = {model.main_input_name: torch.randn(shape, generator=generator).to(model.dtype)}
-    return {**given, "decoder_input_ids": ids} if model.config.is_encoder_decoder else given
-
-
-def run(model: nn.Module) -> Tensor:
-    return model(**inputs(model))[0]
 
 
 def torchs_steps(model: nn.Module) -> Callable[..., Tensor]:
@@ -102,40 +51,6 @@ def torchs_steps(model: nn.Module) -> Callable[..., Tensor]:
         return linear(acts[activation](linear(x, weight1, bias1)), weight2, bias2)
 
     return ffn
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many tiny products: threads would only wait for each other where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """Every call of torch.ops.ffn.ffn and ffn.moe: its arguments, by position and by name, and y."""
-    made: list[tuple[Any, ...]] = []
-
-    def recording(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            y = op(*args, **kwargs)
-            made.append((args, kwargs, y))
-            return y
-
-        return call
-
-    for name in ("ffn", "moe"):
-        monkeypatch.setattr(torch.ops.ffn, name, recording(getattr(torch.ops.ffn, name)))
-    yield made
-
-
-def arrays(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    def array(value: Any) -> Any:
-        return to_numpy(value.detach()) if isinstance(value, Tensor) else value
-
-    return [array(value) for value in args], {name: array(value) for name, value in kwargs.items()}
 
 
 @each_family
@@ -737,233 +652,3 @@ def test_only_modules_are_taken(change: Any):
     wanted = r"model is a dict, but it must be a torch\.nn\.Module \(pass the model itself\)"
     with pytest.raises(ContractError, match=wanted):
         change({})
-
-
-# --- Experts ---
-
-SWITCH = {**T5, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
-          "num_experts": 4, "expert_capacity": 1}  # fmt: skip
-NLLB = {**SEQ2SEQ, "encoder_layers": 2, "decoder_layers": 2, "num_experts": 4, "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2, "expert_capacity": 6}  # fmt: skip
-each_moe = pytest.mark.parametrize("family", ["SwitchTransformers", "NllbMoe"])
-
-
-def make_moe(family: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = getattr(hf, f"{family}Config")(**(NLLB if family == "NllbMoe" else SWITCH))
-    model = getattr(hf, f"{family}ForConditionalGeneration")(config).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn(parameter.shape))
-    return model
-
-
-def containers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "expert_0")]
-
-
-def routed(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """What the model's router gives its experts for x."""
-    sparse: Any = next(module for module in model.modules() if hasattr(module, "experts"))
-    seen: list[tuple[Tensor, ...]] = []
-    handle = sparse.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-    sparse(x)
-    handle.remove()
-    return seen[0]
-
-
-def loop(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, form: str, **biases: Any) -> Tensor:
-    """ffn.moe in x's dtype."""
-    y = torch.zeros_like(x)
-    for t in range(len(x)):
-        for slot, e in enumerate(ids[t].tolist()):
-            if e < len(w1):
-                b1, b2 = (0 if bias is None else bias[e] for bias in (biases["bias1"], biases["bias2"]))
-                h = FORMULAS[form].value(x[t] @ w1[e] + b1)
-                y[t] += weights[t, slot].to(x.dtype) * (h @ w2[e] + b2)
-    return y
-
-
-@each_moe
-def test_experts_are_one_call_with_what_the_router_chose(family: str, monkeypatch: pytest.MonkeyPatch):
-    """In float64, and with weights that are exact in float32, which they pass through."""
-    model = make_moe(family).double()
-    x, selected, weights = routed(model, torch.randn(2, 7, 32).double())
-    weights = weights.float().double()
-    monkeypatch.setattr(patched, "DTYPES", (torch.float64,))
-    monkeypatch.setattr(torch.ops.ffn, "moe", loop)
-    container = containers(model)[0]
-    if family == "NllbMoe":
-        container.moe_token_dropout = 0.5
-    with torch.no_grad():
-        expected = container(x, selected, weights)
-        report = patch(model)
-        assert [row.outcome for row in report if "Experts" in row.module] == ["moe, relu: 4 experts"] * 2
-        y = container(x, selected, weights)
-    # Sums of at most 64 terms, in another order: some units of 2**-53.
-    assert (y - expected).abs().max() <= 2**-40 * expected.abs().max()
-    lost = (expected == 0).all(-1)
-    assert torch.equal((y == 0).all(-1), lost)
-    assert lost.any() or family == "NllbMoe"  # tokens beyond their expert's capacity
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_moe
-def test_experts_are_within_the_operators_bound(family: str, dtype: torch.dtype, calls: Any):
-    model = make_moe(family).to(dtype)
-    patch(model)
-    calls.clear()
-    with torch.no_grad():
-        run(model)
-    moes = [call for call in calls if len(call[0]) == 6]
-    assert len(moes) == 2
-    for args, kwargs, y in moes:
-        operands, biases = arrays(args, kwargs)
-        assert_moe_close(to_numpy(y), *operands, **biases, kernel=KERNELS[_native.selected_isa()])
-
-
-@each_moe
-def test_a_patched_mixture_generates_the_same_and_saves_the_original_format(family: str, tmp_path: Any):
-    model: Any = make_moe(family)
-    state = copy.deepcopy(model.state_dict())
-    parameters = dict(model.named_parameters())
-    ids = inputs(model)["input_ids"]
-    with torch.no_grad():
-        expected = model.generate(input_ids=ids, max_new_tokens=6)
-        patch(model)
-        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6), expected)
-    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
-    model.save_pretrained(tmp_path)
-    reloaded = type(model).from_pretrained(tmp_path)
-    for name, tensor in reloaded.state_dict().items():
-        assert torch.equal(tensor, state[name])
-    saved = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    unique = sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())
-    assert unique <= saved < unique + 20_000  # each expert once, and a header
-    unpatch(model)
-    assert not any(isinstance(module, patched.Patched) for module in model.modules())
-
-
-def replace_data(model: Any) -> Any:
-    for container in containers(model):
-        for parameter in container.expert_1.parameters():
-            parameter.data = parameter.data.clone() * 2
-    return model
-
-
-def replace_parameter(model: Any) -> Any:
-    for container in containers(model):
-        linear = next(module for module in container.expert_1.modules() if isinstance(module, nn.Linear))
-        linear.weight = nn.Parameter(linear.weight.detach() * 2)
-    return model
-
-
-def reload(model: Any) -> Any:
-    model.load_state_dict({name: 1.5 * tensor for name, tensor in model.state_dict().items()})
-    return model
-
-
-def assign(model: Any) -> Any:
-    # Not the experts' own memory: state_dict gives the parameters themselves.
-    state = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def train(model: Any) -> Any:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    torch.manual_seed(4)
-    run(model.train()).sin().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return model.eval()
-
-
-def hook(model: Any) -> Any:
-    for container in containers(model):
-        container.expert_1.register_forward_hook(lambda module, args, y: 2 * y)
-    return model
-
-
-def cast(model: Any) -> Any:
-    return model.bfloat16().float()
-
-
-CHANGES = [replace_data, replace_parameter, reload, assign, train, hook, copy.deepcopy, cast]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@each_moe
-def test_experts_follow_their_parameters_wherever_they_go(family: str, change: Any, calls: Any):
-    """patch makes them views of one memory, and this is what takes them out of it."""
-    plain, patched = make_moe(family), make_moe(family)
-    patch(patched)
-    with torch.no_grad():
-        run(patched)
-        run(plain)  # NLLB's router keeps the capacity of its last call
-    plain, patched = change(plain), change(patched)
-    calls.clear()
-    with torch.inference_mode():
-        for _ in range(2):
-            assert torch.allclose(run(patched), run(plain), rtol=1e-4, atol=1e-4)
-    # With a hook on one expert the loop of before runs; and all others are one call again.
-    assert len([call for call in calls if len(call[0]) == 6]) == (0 if change is hook else 4)
-    train(patched)  # memory that was made in inference mode can still be trained
-
-
-@each_moe
-def test_experts_train_as_before(family: str, calls: Any):
-    models = [make_moe(family), make_moe(family)]
-    patch(models[1])
-    calls.clear()
-    for model in models:
-        train(model)
-    assert not calls
-    for name, tensor in models[0].state_dict().items():
-        assert torch.equal(tensor, models[1].state_dict()[name])
-
-
-@pytest.mark.parametrize("make", [lambda: make("Bert"), lambda: make_moe("SwitchTransformers")])
-def test_a_model_that_was_made_in_inference_mode_is_patched_too(make: Any, calls: Any):
-    with torch.inference_mode():
-        model = make()
-        expected = run(model)
-    assert patch(model).changed
-    calls.clear()
-    for mode in (torch.inference_mode, torch.no_grad):
-        with mode():
-            # Sums of at most 64 terms in another order, a few layers deep.
-            torch.testing.assert_close(run(model), expected, rtol=2**-18, atol=2**-18)
-    assert calls
-
-
-def test_experts_in_shared_memory_stay_there():
-    model = make_moe("SwitchTransformers").share_memory()
-    ids = inputs(model)
-    with torch.no_grad():
-        expected = model(**ids)[0]
-        report = patch(model)
-        assert not any(row.changed for row in report if "Experts" in row.module)
-        assert all(p.is_shared() for p in model.parameters())
-        torch.testing.assert_close(model(**ids)[0], expected)
-
-
-def test_an_infinite_expert_without_weight_is_not_asked():
-    container = containers(make_moe("NllbMoe"))[0]
-    patch(container)
-    container.expert_0.fc2.bias.data.fill_(torch.inf)
-    mask, weights = F.one_hot(torch.ones(3, dtype=torch.long), 4), torch.zeros(3, 4)
-    weights[:, 1] = 0.5
-    with torch.no_grad():
-        assert container(torch.randn(3, 32), mask, weights).isfinite().all()
-
-
-def test_experts_that_compute_something_else_are_not_patched():
-    """As those of another version of transformers might."""
-    container = containers(make_moe("SwitchTransformers"))[0]
-    other = type(container)
-    forward = {"forward": lambda self, *given: 2 * other.forward(self, *given)}
-    changed = type(other.__name__, (other,), forward)
-    container.__class__ = changed
-    report = patch(container)
-    assert report[0].outcome == "not patched: it computes something else than transformers 5.23's"
-    assert type(container) is changed
