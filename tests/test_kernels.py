@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import BOUNDARY, EMULATED, HARDWARE_ISAS, KERNELS, SLOW_ISAS, each_isa, native_ffn
+from native import (
+    BOUNDARY,
+    EMULATED,
+    HARDWARE_ISAS,
+    KERNELS,
+    SLOW_ISAS,
+    SUPPORTED_ISAS,
+    each_isa,
+    native_ffn,
+)  # fmt: skip
 from tolerance import FLUSHED, assert_close
 
 import reference
@@ -437,7 +446,8 @@ def test_emulated_dot_products_of_int8_agree_with_the_reference(isa, mode, count
 
 
 @pytest.mark.skipif(
-    EMULATED is None, reason="asks the emulated tiles, and this machine has real ones, or none"
+    "amx" in HARDWARE_ISAS or "amx" not in SUPPORTED_ISAS,
+    reason="asks the emulated tiles, and this machine has real ones, or not what emulating them takes",
 )
 def test_tiles_are_released():
     """A thread that keeps them is slow to switch, for the rest of its life."""
