@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
         run_cmake = Path(cmake.CMAKE_BIN_DIR, "cmake")
         configure = [run_cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # the name that other builders of wheels use
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # as other builders of wheels call it
         try:
             subprocess.run(configure, check=True)
             subprocess.run([run_cmake, "--build", BUILD], check=True)

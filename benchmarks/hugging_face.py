@@ -2,12 +2,12 @@
 """`python -m benchmarks.hugging_face`: the experts of Hugging Face's models, as transformers computes them
 and as ffn_ops does.
 
-    python -m benchmarks.hugging_face [MODEL ...] [--out FILE.json] [--publish FILE.json]
+    python -m benchmarks.hugging_face [MODEL ...] [--out FILE.json] [--publish FILE.json ...]
 
 One experts module of each model, of the real sizes but with fewer experts where memory asks for it, called as
 the model calls it: from hidden states, expert ids and weights to the sum. Implementations of a cell are timed
 in turn in one process (measure.py): transformers' own, ffn_ops with the model's parameters, and after
-ffn_ops.hf.pack_. docs/moe-benchmarks.md is made from a results file by --publish.
+ffn_ops.hf.pack_. docs/moe-benchmarks.md is made from results files by --publish.
 """
 
 import copy
@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "moe-benchmarks.md"
 SECONDS = 1.0  # for each implementation of a cell
 ROWS = (1, 8, 512)  # two sizes of a decoding batch, and a prompt
+# An implementation that would take longer by its time with fewer rows is not tried: five samples of it for each
+# routing take minutes. Torch's products of bf16 on CPUs without such instructions are that slow.
+PATIENCE = 10.0  # seconds a call
 GATHERED = 4 << 30  # batched_mm copies each token's weights: more bytes than this are not tried
 OURS = ("ffn_ops", "ffn_ops, packed")
 
@@ -104,11 +107,12 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
     for dtype in (torch.bfloat16, torch.float32):
         experts = experts_of(model, dtype)
         weight_bytes = sum(p.nbytes for p in experts.parameters())
-        if 1.2 * weight_bytes > machine.free_bytes():
+        copies = 1.2 if dtype == torch.float32 else 3.2  # packed, and in float32
+        if copies * weight_bytes > machine.free_bytes():
             yield {
                 "model": model.name,
                 "dtype": str(dtype)[6:],
-                "skipped": "two copies need more than the free memory",
+                "skipped": "its copies need more than the free memory",
             }
             continue
         packed: Any = copy.deepcopy(experts)
@@ -119,15 +123,21 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
             packed.config._experts_implementation = ffn_ops.hf.NAME
             ffn_ops.hf.pack_(packed)
         pack_seconds = time.perf_counter() - begin
+        truth = experts if dtype == torch.float32 else copy.deepcopy(experts).float()
+        truth.config._experts_implementation = "eager"
         cells = [(M, cases.UNIFORM) for M in ROWS]
         if dtype == torch.bfloat16:
             cells += [(ROWS[-1], name) for name in cases.SKEWED]
+        expected: dict[str, float] = {}  # of a call, by its time with one row
         for M, routing in cells:
             shape = cases.Shape(model.name, "", model.H, model.I, "swiglu", False, ROWS, model.E, model.top_k)
             ids, weights = cases.route(shape, routing, M)
             x = torch.randn(M, model.H, generator=torch.Generator().manual_seed(1)).to(dtype)
             calls = implementations(experts, packed, model, (x, ids, weights))
-            right = calls["eager"]().float()
+            right = implementations(truth, packed, model, (x.float(), ids, weights))["eager"]()
+            slow = sorted(name for name in calls if M * expected.get(name, 0) > PATIENCE)
+            for name in slow:
+                del calls[name]
             # Roundings to the dtype on the way of both, and of the float32 sums: root mean squares.
             unit = 16 * torch.finfo(dtype).eps / 2 + (model.H + model.I) * 2.0**-24
             wrong = {
@@ -137,6 +147,7 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
             hit = len(ids.unique())
             expert = model.matrices * model.I * model.H
             figures = measure.interleaved(calls, "cold" if cases.COLD_ROWS["moe"] >= M else "warm", SECONDS)
+            expected |= {name: figure.seconds / M for name, figure in figures.items() if figure.seconds}
             least = {
                 "dram": hit * expert * x.element_size() / limits["dram"],
                 **compute_time(limits, dtype, 2 * M * model.top_k * expert),
@@ -145,12 +156,12 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
             yield {
                 "model": model.name, "dtype": str(dtype)[6:], "M": M, "routing": routing, "experts_hit": hit,
                 "limit": limit, "limit_seconds": least[limit], "pack_seconds": pack_seconds,
-                "error": wrong,
+                "error": wrong, "slow": slow,
                 "seconds": {name: f.seconds for name, f in figures.items() if wrong[name] <= 1},
                 "quartiles": {name: f.quartiles for name, f in figures.items()},
                 "histogram": ids.flatten().bincount(minlength=model.E).tolist(),
             }  # fmt: skip
-        del experts, packed
+        del experts, packed, truth
 
 
 def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float) -> dict[str, float]:
@@ -161,9 +172,11 @@ def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float
 def line(cell: dict[str, Any]) -> list[str]:
     """A row of the table: all times, and how ours compare with the best of transformers and the limit."""
     theirs = {name: s for name, s in cell["seconds"].items() if name not in OURS and s}
-    best = min(theirs, key=theirs.__getitem__)
+    best = min(theirs, key=theirs.__getitem__, default="")
 
     def ms(name: str) -> str:
+        if name in cell.get("slow", ()):
+            return "slow"
         seconds = cell["seconds"].get(name)
         return f"{seconds * 1e3:.2f}" if seconds else "-"
 
@@ -177,7 +190,7 @@ def line(cell: dict[str, Any]) -> list[str]:
     return [
         f"{cell['dtype']}, M = {cell['M']}{routing}",
         *(ms(name) for name in ("eager", "grouped_mm", "batched_mm", *OURS)),
-        over(OURS[0], "grouped_mm"), over(OURS[1], "grouped_mm"), f"{over(mine, best)} {best}",
+        over(OURS[0], "grouped_mm"), over(OURS[1], "grouped_mm"), f"{over(mine, best)} {best}".strip(),
         f"{cell['limit_seconds'] / seconds:.0%} {cell['limit']}" if seconds else "-",
     ]  # fmt: skip
 
@@ -187,30 +200,40 @@ HEADINGS = ("cell", "eager ms", "grouped_mm ms", "batched_mm ms", "ffn_ops ms", 
             "ours, of limit")  # fmt: skip
 
 
-def publish(source: Path) -> None:
-    """docs/moe-benchmarks.md, with a plot of the skewed routings, from a results file."""
-    from benchmarks import report
-
-    results = json.loads(source.read_text())
-    before, after = results["limits"]["before"], results["limits"]["after"]
-    limits = (f"{name} {before[name] / 1e9:.1f}, then {after[name] / 1e9:.1f} G/s" for name in before)
-    versions = results["versions"]
+def publish(sources: list[Path]) -> None:
+    """docs/moe-benchmarks.md, with a plot of the skewed routings for each machine, from results files."""
+    links = ", ".join(f"[{source.name}](../benchmarks/results/{source.name})" for source in sources)
     lines = [
         "# Hugging Face's experts: benchmarks",
         "",
-        f"Generated from [{source.name}](../benchmarks/results/{source.name}) by "
-        f"`python -m benchmarks.hugging_face --publish`; do not edit. Measured {results['time']} at commit "
-        f"{results['commit'][:12]}: {results['machine']['cpu']}, {results['threads']} threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}.",
-        "",
-        f"Limits: {'; '.join(limits)} ({results['drift']:.0%} drift).",
+        f"Generated from {links} by `python -m benchmarks.hugging_face --publish`; do not edit.",
         "",
         "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is "
         "1 or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's "
         "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed if "
         "there is that. of limit: the least time that reading the weights of the experts hit, or the "
         "arithmetic, takes on this machine, over the time. zipf, one-expert and "
-        "empty-experts are skewed routings (benchmarks/cases.py).",
+        "empty-experts are skewed routings (benchmarks/cases.py). slow: not measured, since by its time with "
+        f"fewer rows a call would take more than {PATIENCE:.0f} s.",
+        "",
+    ]
+    for source in sources:
+        lines += machine_lines(json.loads(source.read_text()), source.stem)
+    PAGE.write_text("\n".join(lines))
+
+
+def machine_lines(results: dict[str, Any], name: str) -> list[str]:
+    from benchmarks import report
+
+    before, after = results["limits"]["before"], results["limits"]["after"]
+    limits = (f"{limit} {before[limit] / 1e9:.1f}, then {after[limit] / 1e9:.1f} G/s" for limit in before)
+    versions = results["versions"]
+    lines = [
+        f"## {name.removesuffix('-hf')}",
+        "",
+        f"{results['machine']['cpu']}, {results['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; measured {results['time']} at commit {results['commit'][:12]}. "
+        f"Limits: {'; '.join(limits)} ({results['drift']:.0%} drift).",
         "",
     ]
     if results["drift"] > machine.DRIFT:
@@ -221,19 +244,18 @@ def publish(source: Path) -> None:
         ]
     for cell in results["cells"]:
         if "limit" in cell:
-            name = cell["limit"]
-            cell["limit_seconds"] *= before[name] / max(before[name], after[name])
+            limit = cell["limit"]
+            cell["limit_seconds"] *= before[limit] / max(before[limit], after[limit])
     for model in MODELS:
         found = [cell for cell in results["cells"] if cell["model"] == model.name]
         if not found:
             continue
         sizes = f"H = {model.H}, I = {model.I}, {model.E} of {model.of} experts, top-{model.top_k}."
         table = report.markdown(HEADINGS, [line(cell) for cell in found if "skipped" not in cell])
-        lines += [f"## {model.name}", "", sizes, "", *table, ""]
+        lines += [f"### {model.name}, {name.removesuffix('-hf')}", "", sizes, "", *table, ""]
         lines += [f"{cell['dtype']}: {cell['skipped']}." for cell in found if "skipped" in cell]
-    picture = plot_skew(results, PAGE.with_suffix("") / f"{source.stem}-skew.png")
-    lines += ["## Skew", "", f"![Times by routing]({picture.relative_to(PAGE.parent)})", ""]
-    PAGE.write_text("\n".join(lines))
+    picture = plot_skew(results, PAGE.with_suffix("") / f"{name}-skew.png")
+    return [*lines, f"![Times by routing]({picture.relative_to(PAGE.parent)})", ""]
 
 
 def plot_skew(results: dict[str, Any], out: Path) -> Path:
@@ -266,10 +288,10 @@ def main(
     models: Annotated[list[str] | None, typer.Argument(help="Names; all by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the results go, as JSON.")] = None,
     publish_from: Annotated[
-        Path | None, typer.Option("--publish", help="Make the page from results.")
+        list[Path] | None, typer.Option("--publish", help="Make the page from results; may be repeated.")
     ] = None,
 ) -> None:
-    if publish_from is not None:
+    if publish_from:
         return publish(publish_from)
     from rich.console import Console
     from rich.table import Table
