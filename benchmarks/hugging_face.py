@@ -12,6 +12,7 @@ ffn_ops.hf.pack_. docs/moe-benchmarks.md is made from results files by --publish
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +29,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "moe-benchmarks.md"
 SECONDS = 1.0  # for each implementation of a cell
 ROWS = (1, 8, 512)  # two sizes of a decoding batch, and a prompt
-# An implementation that would take longer by its time with fewer rows is not tried: five samples of it for each
-# routing take minutes. Torch's products of bf16 on CPUs without such instructions are that slow.
-PATIENCE = 10.0  # seconds a call
+# An implementation is not measured when a call takes longer than PATIENCE, nor tried when by its time with
+# fewer rows it would take HOPELESS. So slow are torch's products of bf16 on CPUs without such instructions.
+PATIENCE, HOPELESS = 10.0, 60.0  # seconds
 GATHERED = 4 << 30  # batched_mm copies each token's weights: more bytes than this are not tried
 OURS = ("ffn_ops", "ffn_ops, packed")
 
@@ -124,7 +125,6 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
             ffn_ops.hf.pack_(packed)
         pack_seconds = time.perf_counter() - begin
         truth = experts if dtype == torch.float32 else copy.deepcopy(experts).float()
-        truth.config._experts_implementation = "eager"
         cells = [(M, cases.UNIFORM) for M in ROWS]
         if dtype == torch.bfloat16:
             cells += [(ROWS[-1], name) for name in cases.SKEWED]
@@ -135,15 +135,19 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
             x = torch.randn(M, model.H, generator=torch.Generator().manual_seed(1)).to(dtype)
             calls = implementations(experts, packed, model, (x, ids, weights))
             right = implementations(truth, packed, model, (x.float(), ids, weights))["eager"]()
-            slow = sorted(name for name in calls if M * expected.get(name, 0) > PATIENCE)
-            for name in slow:
-                del calls[name]
+            slow = [name for name in calls if M * expected.get(name, 0) > HOPELESS]
             # Roundings to the dtype on the way of both, and of the float32 sums: root mean squares.
             unit = 16 * torch.finfo(dtype).eps / 2 + (model.H + model.I) * 2.0**-24
-            wrong = {
-                name: float((call().float() - right).norm() / right.norm() / unit)
-                for name, call in calls.items()
-            }
+            wrong = {}
+            for name in [name for name in calls if name not in slow]:
+                begin = time.perf_counter()
+                y = calls[name]()
+                if time.perf_counter() - begin > PATIENCE:
+                    slow.append(name)
+                    expected[name] = math.inf
+                wrong[name] = float((y.float() - right).norm() / right.norm() / unit)
+            for name in slow:
+                del calls[name]
             hit = len(ids.unique())
             expert = model.matrices * model.I * model.H
             figures = measure.interleaved(calls, "cold" if cases.COLD_ROWS["moe"] >= M else "warm", SECONDS)
@@ -213,8 +217,8 @@ def publish(sources: list[Path]) -> None:
         "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed if "
         "there is that. of limit: the least time that reading the weights of the experts hit, or the "
         "arithmetic, takes on this machine, over the time. zipf, one-expert and "
-        "empty-experts are skewed routings (benchmarks/cases.py). slow: not measured, since by its time with "
-        f"fewer rows a call would take more than {PATIENCE:.0f} s.",
+        "empty-experts are skewed routings (benchmarks/cases.py). slow: not measured, since a call takes "
+        f"more than {PATIENCE:.0f} s, or would take a minute by its time with fewer rows.",
         "",
     ]
     for source in sources:

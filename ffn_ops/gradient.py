@@ -84,13 +84,20 @@ def block_gradients(
     return Gradients(
         grouped_mm(dh.to(dtype), block.weight1.transpose(1, 2), expert_tokens),
         dweights,
-        grouped_outer(rows, dh.to(dtype), expert_tokens) if wanted[0] else None,
-        grouped_outer(a.to(dtype), weighted, expert_tokens) if wanted[1] else None,
+        weight_gradient(rows, dh.to(dtype), expert_tokens, block.weight1) if wanted[0] else None,
+        weight_gradient(a.to(dtype), weighted, expert_tokens, block.weight2) if wanted[1] else None,
         sums(dh, expert_tokens).to(block.bias1.dtype) if block.bias1 is not None and wanted[2] else None,
         sums(weighted, expert_tokens).to(block.bias2.dtype)
         if block.bias2 is not None and wanted[3]
         else None,
     )
+
+
+def weight_gradient(rows: Tensor, grad: Tensor, expert_tokens: Tensor, weight: Tensor) -> Tensor:
+    """Of weight [E, K, N], and as it lies: else a transposed parameter's .grad would be a copy of it."""
+    if weight.stride(1) == 1:
+        return grouped_outer(grad, rows, expert_tokens).transpose(1, 2)
+    return grouped_outer(rows, grad, expert_tokens)
 
 
 def sums(rows: Tensor, expert_tokens: Tensor) -> Tensor:

@@ -357,6 +357,18 @@ def test_what_is_frozen_costs_no_gradient(monkeypatch: pytest.MonkeyPatch):
     assert x.grad is not None and not products
 
 
+def test_gradients_of_weights_lie_as_the_weights_do():
+    """A transposed parameter's .grad is then what the product wrote."""
+    x, grad = torch.randn(5, 8), torch.randn(5, 6)
+    expert_tokens = torch.tensor([2, 0, 3])
+    plain = torch.randn(3, 8, 6)
+    expected = gradient.weight_gradient(x, grad, expert_tokens, plain)
+    found = gradient.weight_gradient(x, grad, expert_tokens, plain.mT.contiguous().mT)
+    assert expected.is_contiguous()
+    assert found.mT.is_contiguous()
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_tensor_beyond_its_storage_is_refused():
     weight = torch.zeros(2, 4, 3)
     weight.untyped_storage().resize_(8)

@@ -147,6 +147,15 @@ def test_every_mode_and_activation_agrees_with_the_reference(isa, mode, activati
 
 @each_isa
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("counts", [(), (1, 0, 1)], ids=["dense", "experts"])
+@pytest.mark.parametrize("K2", [352, 336])  # whole panels, and not
+def test_a_single_row_reads_plain_weights_as_packed_ones(isa, mode, counts, K2):
+    for activation in ("relu", "swiglu"):
+        check(make_call(mode, activation, max(sum(counts), 1), 288, K2, counts=counts), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("activation", GLU)
 @pytest.mark.parametrize("counts", [(), (3, 0, 7, 1)], ids=["dense", "experts"])
 @pytest.mark.parametrize("K2", [144, 33])  # of 33, the right half begins inside a panel

@@ -63,8 +63,9 @@ constexpr int kAskEvery = 4;
 
 // A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
 struct Range {
-  const float* a;  // row 0 of the rows, at the block's first k; rows are kKBlock apart
-  Panels panels;   // at the block's first k
+  const float* a;     // row 0 of the rows, at the block's first k; rows are kKBlock apart
+  Panels panels;      // at the block's first k
+  int64_t row_bytes;  // of a plain weight that is read as it lies, from panels.data on
   int64_t begin, end;
   // Antiquant only: of the range's group, by column, and the sum of a over the range, by row.
   const float* offset;
@@ -76,8 +77,8 @@ struct Range {
 };
 
 // kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are
-// unrolled by hand: GCC else leaves the sums in memory.
-template <typename T, Sums kSums, int kRows, int kVectors>
+// unrolled by hand: GCC else leaves the sums in memory. kPlain reads the rows of a plain weight.
+template <typename T, Sums kSums, int kRows, int kVectors, bool kPlain = false>
 void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
@@ -93,7 +94,9 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     });
   };
   Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-    panels[v] = range.panels.At<T>(range.begin / kGroup * kGroup, column + v * kLanes);
+    const int64_t k = range.begin / kGroup * kGroup, n = column + v * kLanes;
+    panels[v] = kPlain ? range.panels.data + k * range.row_bytes + n * static_cast<int64_t>(sizeof(T))
+                       : range.panels.At<T>(k, n);
   });
   each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
     one = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
@@ -104,8 +107,18 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     Vector w[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
-      AskFor(panels[v]);
-      panels[v] += kGroupBytes<T>;
+      if constexpr (kPlain) {
+        // Rows are a page or more apart, where no hardware prefetcher looks. 1 KB of the tile's columns, as
+        // of panels, was best (Zen 3: 2 KB as fast; more rows at a time than these fall into the same cache
+        // sets when K is a power of two).
+        constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes;
+        constexpr int64_t kRowsAhead = 1024 / (kVectors * kBytes);
+        if (v * kBytes % 64 == 0) __builtin_prefetch(panels[v] + kRowsAhead * range.row_bytes);
+        panels[v] += range.row_bytes;
+      } else {
+        AskFor(panels[v]);
+        panels[v] += kGroupBytes<T>;
+      }
     });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
@@ -145,7 +158,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     k += kGroup;
   }
   for (; k + kGroup * kAskEvery <= range.end; k += kGroup * kAskEvery) {
-    ahead.Next();
+    if constexpr (!kPlain) ahead.Next();
     Unrolled<kAskEvery>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
   for (; k + kGroup <= range.end; k += kGroup) step(k, 0, kGroup);
@@ -209,6 +222,20 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
   ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
     MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column);
   });
+}
+
+// Likewise for a single row, of a plain weight of whole panels: packing would read it and write it once more.
+// Its rows are read in runs of up to 64 columns.
+template <typename T>
+void MultiplyPlainRow(const Range& range, int64_t columns) {
+  constexpr int kVectors = 64 / kLanes < kRegisters / 2 ? 64 / kLanes : kRegisters / 2;
+  int64_t n = 0;
+  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
+    MultiplyTile<T, Sums::kFloat, 1, kVectors, true>(range, 0, n);
+  }
+  for (; n < columns; n += kPackedColumns) {
+    MultiplyTile<T, Sums::kFloat, 1, kPackedColumns / kLanes, true>(range, 0, n);
+  }
 }
 
 // The sum of `count` floats, in an order that `count` alone decides.
@@ -320,6 +347,17 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
       const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
+      if constexpr (kSums == Sums::kFloat && Panel<T>::kGroup == 1) {
+        if (rows == 1 && !weight.packed && weight.col_stride == 1 && strip.columns % kPackedColumns == 0) {
+          const T* const from = PlainAt<T>(weight, part.expert, part.k, part.column);
+          range.panels = {reinterpret_cast<const char*>(from), 0};
+          range.row_bytes = RowBytes<T>(weight);
+          range.begin = 0;
+          range.end = block_rows;
+          MultiplyPlainRow<T>(range, strip.columns);
+          continue;
+        }
+      }
       range.panels = PanelsOf<T>(weight, product.K, part, depth, scratch);
       const bool beside = !expanded || n + width < columns.columns,
                  more = beside || block + depth < product.K;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/memory.h"
 #include "cpu/problem.h"
 #include "op/call.h"
 
@@ -150,6 +151,8 @@ Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
   const auto bytes = static_cast<int64_t>(x.element_size());
   Tensor y = Allocate("y", E * K * N, [&] { return torch::stable::new_empty(x, {E, K, N}); });
   if (y.numel() == 0) return y;
+  // As large as the weights, and new in each step: of small pages the system's clearing takes half the time.
+  cpu::AskForHugePages(y.mutable_data_ptr(), static_cast<size_t>(E * K * N * bytes));
   const auto* const rows = static_cast<const char*>(DenseData("grad", grad, kept));
   problem.M = K;
   problem.N2 = N;
