@@ -9,9 +9,9 @@ CMAKE = .venv/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja 
 ASAN_TESTS = tests/test_op.py tests/test_kernels.py tests/test_moe.py tests/test_gradients.py tests/test_contract.py \
 	tests/test_bad_input.py \
 	$(wildcard tests/test_emulator_*.py) tests/test_c_example.py
+ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 # Each worker takes some 1.5 GB.
 PARALLEL = --numprocesses=auto --maxprocesses=4
-ASAN_NPU_TESTS = $(patsubst %,tests/npu/test_%.py,shim prepared launch faults runtime)
 
 # Compiled to byte code at the first import: what pip would compile is mostly never imported, and what is takes torch
 # seconds for each of the processes that tests start.

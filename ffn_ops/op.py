@@ -277,7 +277,7 @@ def _keep_grouped(ctx: Any, inputs: Sequence[Any], output: Tensor, keyword_only_
 
 
 def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    from ffn_ops.gradient import sums
+    from ffn_ops.gradient import sums, weight_gradient
 
     x, weight, expert_tokens, bias = ctx.saved_tensors
     if not _differentiable(weight):
@@ -286,7 +286,7 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_x, of_weight, *_ = ctx.needs_input_grad
     return (
         torch.ops.ffn.grouped_mm(grad, weight.transpose(1, 2), expert_tokens) if of_x else None,
-        torch.ops.ffn.grouped_outer(x, grad, expert_tokens) if of_weight else None,
+        weight_gradient(x, grad, expert_tokens, weight) if of_weight else None,
         None,
         sums(grad, expert_tokens).to(bias.dtype) if bias is not None and bias.requires_grad else None,
     )

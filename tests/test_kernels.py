@@ -23,7 +23,7 @@ from native import (
     SUPPORTED_ISAS,
     each_isa,
     native_ffn,
-)  # fmt: skip
+)
 from tolerance import FLUSHED, assert_close
 
 import reference

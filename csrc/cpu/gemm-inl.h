@@ -110,7 +110,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
       if constexpr (kPlain) {
         // Rows are a page or more apart, where no hardware prefetcher looks. 1 KB of the tile's columns, as
         // of panels, was best (Zen 3: 2 KB as fast; more rows at a time than these fall into the same cache
-        // sets when K is a power of two).
+        // sets when N is a power of two).
         constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes;
         constexpr int64_t kRowsAhead = 1024 / (kVectors * kBytes);
         if (v * kBytes % 64 == 0) __builtin_prefetch(panels[v] + kRowsAhead * range.row_bytes);
