@@ -246,6 +246,8 @@ def machine_lines(results: dict[str, Any], name: str) -> list[str]:
             "of limit takes the better measurement.",
             "",
         ]
+    for note in report.eviction_note(results):
+        lines += [note, ""]
     for cell in results["cells"]:
         if "limit" in cell:
             limit = cell["limit"]
@@ -308,7 +310,8 @@ def main(
         "command": " ".join(["python -m benchmarks.hugging_face", *(models or ())]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "threads": threads, "machine": machine.describe(),
-        "versions": machine.versions(), "commit": machine.commit(ROOT), "cells": [],
+        "versions": machine.versions(), "commit": machine.commit(ROOT),
+        "evicted_by": cases.EVICTED_BY, "cells": [],
     }  # fmt: skip
     before = machine.probe(threads)
     for model in chosen:

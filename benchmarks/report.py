@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.cases import EVICTED_BY
+
 Results = dict[str, Any]
 OURS = {"cpu": ("ours packed", "ours", "ours in the encoder"), "npu": ("ours on NPU",)}
 OURS_NAMES = {name for names in OURS.values() for name in names}
@@ -54,8 +56,18 @@ def best_peer(cell: dict[str, Any], device: str = "cpu") -> tuple[str, float] | 
     return min(times.items(), key=lambda one: one[1], default=None)
 
 
+def eviction_note(results: Results) -> list[str]:
+    """A sentence about results of before caches were emptied as they are now."""
+    if results.get("evicted_by") == EVICTED_BY:
+        return []
+    return [
+        "Cold samples of this file were taken after the last cache had been written, so they also pay for "
+        "writing it back to memory: everyone alike, which makes ratios and shares of the limit smaller."
+    ]
+
+
 def warnings(results: Results) -> list[str]:
-    found = []
+    found = eviction_note(results)
     if results.get("emulated"):
         found.append(EMULATED)
     if not results["limits"]["steady"]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import encoder, machine
-from benchmarks.cases import COLD_ROWS, SEED, SKEWED, UNIFORM, Mode, Shape
+from benchmarks.cases import COLD_ROWS, EVICTED_BY, SEED, SKEWED, UNIFORM, Mode, Shape
 from benchmarks.peers import load
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,7 @@ def run(options: Options, start: Callable[[int], None], advance: Advance) -> dic
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv[1:],
         "commit": machine.commit(ROOT),
+        "evicted_by": EVICTED_BY,
         "emulated": emulated() is not None,
         "machine": machine.describe(),
         "versions": machine.versions(),

@@ -58,8 +58,10 @@ struct Ahead {
   }
 };
 
-// Groups of rows between one asking and the next.
-constexpr int kAskEvery = 4;
+// Groups of rows between one asking and the next, and in a turn of the loop over k: up to eight rows, beyond
+// which turns only cost compile time.
+template <typename T>
+constexpr int kAskEvery = Panel<T>::kGroup < 4 ? 4 / Panel<T>::kGroup : 1;
 
 // A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
 struct Range {
@@ -83,6 +85,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
+  constexpr int kTurn = kGroup * kAskEvery<T>;
   constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
   const float* const a = range.a + row * kKBlock;
   float* const tile = range.tile + row * range.tile_stride + column;
@@ -149,20 +152,18 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
       }
     });
   };
-  Asking ahead =
-      range.ahead.From(column, row / kRows, (range.end - range.begin) / (kGroup * kAskEvery), panels[0]);
+  Asking ahead = range.ahead.From(column, row / kRows, (range.end - range.begin) / kTurn, panels[0]);
   int64_t k = range.begin / kGroup * kGroup;
+  const auto last = [&] { return static_cast<int>(range.end - k < kGroup ? range.end - k : kGroup); };
   if (k < range.begin) {
-    const int64_t left = range.end - k;
-    step(k, static_cast<int>(range.begin - k), static_cast<int>(left < kGroup ? left : kGroup));
+    step(k, static_cast<int>(range.begin - k), last());
     k += kGroup;
   }
-  for (; k + kGroup * kAskEvery <= range.end; k += kGroup * kAskEvery) {
+  for (; k + kTurn <= range.end; k += kTurn) {
     if constexpr (!kPlain) ahead.Next();
-    Unrolled<kAskEvery>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
+    Unrolled<kAskEvery<T>>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
-  for (; k + kGroup <= range.end; k += kGroup) step(k, 0, kGroup);
-  if (k < range.end) step(k, 0, static_cast<int>(range.end - k));
+  for (; k < range.end; k += kGroup) step(k, 0, last());
 
   each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
     float* const to = tile + r * range.tile_stride + v * kLanes;
@@ -235,6 +236,59 @@ void MultiplyPlainRow(const Range& range, int64_t columns) {
   }
   for (; n < columns; n += kPackedColumns) {
     MultiplyTile<T, Sums::kFloat, 1, kPackedColumns / kLanes, true>(range, 0, n);
+  }
+}
+
+// Few rows read a transposed weight as it lies too: kLanes columns at a time, from end to end, since a column
+// is dense and the hardware's prefetchers follow it. Not with wider vectors, where it was never measured (Zen
+// 3: 1.5 to 2.4 times as fast as packing it).
+constexpr bool kReadsTransposed = kLanes <= 8;
+
+// tile[kRows][columns] continues with rows of the left operand from `row` times columns of W, which begins at
+// `from`, a column `stride` elements behind the other.
+template <typename T, int kRows>
+void MultiplyTransposed(const LeftRows& left, int64_t row, const T* from, int64_t stride, int64_t columns,
+                        float* tile, int64_t tile_stride) {
+  constexpr int kGroup = Panel<T>::kGroup;
+  constexpr int64_t kStep = kLanes * kGroup, kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kAhead = 512 / static_cast<int64_t>(sizeof(T));  // 1 KB was as fast
+  for (int64_t n = 0; n < columns; n += kLanes, from += kLanes * stride) {
+    const T* column[kLanes];  // beyond the last one, it again
+    Unrolled<kLanes>([&](auto j) { column[j] = from + (n + j < columns ? j : columns - n - 1) * stride; });
+    F32 sum[kRows];
+    Unrolled<kRows>([&](auto r) { sum[r] = Load<F32>(tile + r * tile_stride + n); });
+    // `count` of the kStep rows from k.
+    const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+      F32 square[kLanes];
+      Unrolled<kLanes>([&](auto j) __attribute__((always_inline)) {
+        if constexpr (kGroup == 1) {
+          square[j] = LoadFloats(column[j] + k, count);
+        } else {
+          square[j] = Packer<T>::Words(column[j] + k, count);
+        }
+      });
+      Transpose(square);
+      const float* const a = reinterpret_cast<const float*>(left.At(row, k));
+      Unrolled<kLanes>([&](auto i) __attribute__((always_inline)) {
+        Unrolled<kGroup>([&](auto g) __attribute__((always_inline)) {
+          constexpr int kRow = i * kGroup + g;
+          if (kRow >= count) return;
+          F32 w = square[i];
+          if constexpr (kGroup > 1) w = Panel<T>::template Element<g>(Bits(w));
+          Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            sum[r] = Fma(Set(a[r * kKBlock + kRow]), w, sum[r]);
+          });
+        });
+      });
+    };
+    int64_t k = 0;
+    for (; k + kLine <= left.K; k += kLine) {
+      const int64_t ask = k + kAhead + (k + kAhead < left.K ? 0 : kLanes * stride - left.K);
+      Unrolled<kLanes>([&](auto j) __attribute__((always_inline)) { __builtin_prefetch(column[j] + ask); });
+      Unrolled<kLine / kStep>([&](auto i) __attribute__((always_inline)) { step(k + i * kStep, kStep); });
+    }
+    for (; k < left.K; k += kStep) step(k, left.K - k < kStep ? left.K - k : kStep);
+    Unrolled<kRows>([&](auto r) { Store(tile + r * tile_stride + n, sum[r]); });
   }
 }
 
@@ -323,6 +377,18 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
+  if constexpr (kReadsTransposed && kSums == Sums::kFloat) {
+    if (!weight.packed && weight.col_stride != 1 && rows <= kFewRows && left.left == Left::kFloat) {
+      const T* const from = PlainAt<T>(weight, segment.expert, 0, columns.column);
+      Unrolled<kFewRows>([&](auto i) {
+        if (rows == i + 1) {
+          MultiplyTransposed<T, i + 1>(left, row, from, weight.col_stride, columns.columns, tile,
+                                       TileStride(columns.columns));
+        }
+      });
+      return;
+    }
+  }
   // One tile of rows would use an expanded panel once, so it converts on the way.
   const bool expanded = kExpands && rows > kManyRows;
   const bool strips = rows > (kExpands ? kManyRows : kFewRows) || (antiquant && !weight.packed);
@@ -430,6 +496,19 @@ void Repeat(const Wave& wave, const Product& product, const Segment& segment, co
   }
 }
 
+// Whether weights of T are multiplied as float32 beside x of their own type. Where there are instructions for
+// int8 or bf16, LeftOf (ffn-inl.h) never asks for that.
+#if defined(FFN_AMX) || defined(FFN_DOT)
+constexpr bool kInt8AsFloat = false;
+#else
+constexpr bool kInt8AsFloat = true;
+#endif
+#if defined(FFN_AMX) || defined(FFN_DOT_BF16)
+constexpr bool kBf16AsFloat = false;
+#else
+constexpr bool kBf16AsFloat = true;
+#endif
+
 // tile[segment.rows][TileStride(columns)] = the segment's rows of product.a times the columns of W.
 inline void Multiply(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
                      float* tile, TaskScratch* scratch) {
@@ -439,9 +518,13 @@ inline void Multiply(const Wave& wave, const Product& product, const Segment& se
     using T = decltype(t);
     constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
     if constexpr (!kInteger) {
-      MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      if constexpr (kBf16AsFloat || !std::is_same_v<T, BFloat>) {
+        MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      }
     } else if (!antiquant) {
-      MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      if constexpr (kInt8AsFloat) {
+        MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      }
     } else {
       MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
       // Scaling after the sum overflows where a single product need not, and makes NaN of an infinite x.
