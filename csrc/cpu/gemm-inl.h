@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multiplication: a tile of sums, float32 or int32, from rows of a and panels of W. Few rows read the
-// panels as they are stored and turn them into float32 on the way; more rows have them expanded first. Used
-// by ffn-inl.h; built on packed-inl.h.
+// panels as they are stored and turn them into float32 on the way; more rows have them expanded first. Some
+// plain weights are read without panels. Used by ffn-inl.h; built on packed-inl.h.
 //
 // What makes a row's bits independent of everything else: each sum is one chain of fused multiply-adds over
 // ascending k, begun at the tile and put back into it, whatever the tile's rows, the block of k, or the
