@@ -180,7 +180,9 @@ def test_every_size_of_tail_agrees_with_the_reference(isa, mode, size):
 
 @each_isa
 @pytest.mark.parametrize("mode", [m for m in MODES if not m.startswith("w4")])
-@pytest.mark.parametrize("sizes", [(1, 257, 130), (9, 70, 33), (2, 1, 1), (40, 16, 300), (3, 600, 90), (4, 33, 288)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 257, 130), (9, 70, 33), (2, 1, 1), (40, 16, 300), (3, 600, 90), (4, 33, 288)]
+)
 def test_transposed_weights_are_the_same_weights(isa, mode, sizes):
     for counts in ((), (0, sizes[0] - 1, 1)):
         call = make_call(mode, "silu", *sizes, counts=counts, transposed=True)
