@@ -181,16 +181,15 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
 
 // Sums of a tile fill the registers, so more rows have fewer columns. A row alone has too few sums to hide
 // the latency of an addition with less than four vectors, and two panels at once are read as fast as more.
-template <int kRows>
-constexpr int kWide = kRows <= (kRegisters == 32 ? 4 : 2) ? 4 : 2;
+constexpr int kWideRows = kRegisters == 32 ? 4 : 2;   // so many have four vectors, more have two
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
 
 // Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while
 // the rows go by.
-template <int kRows, typename Use>
+template <int kRows, int kWide, typename Use>
 inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
   constexpr std::integral_constant<int, kRows> kHeight;
-  constexpr std::integral_constant<int, kWide<kRows>> kVectors;
+  constexpr std::integral_constant<int, kRows <= kWide ? 4 : 2> kVectors;
   int64_t n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
     for (int64_t row = begin; row < end; row += kRows) use(kHeight, kVectors, row, n);
@@ -205,16 +204,16 @@ inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
 
 // Calls use(kRows, kVectors, row, column) for each tile of `rows` rows and `columns` columns, which are
 // rounded up to whole panels. The first two are constants to the compiler; tiles have up to kMost rows, and
-// all but the last as many.
-template <int kMost, typename Use>
+// all but the last as many. Those of up to kWide rows have four vectors.
+template <int kMost, int kWide = kWideRows, typename Use>
 inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
   columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
   const int64_t tiles = (rows + kMost - 1) / kMost;
   if (tiles == 0) return;
   const int64_t height = (rows + tiles - 1) / tiles, last = rows % height;
   Unrolled<kMost>([&](auto i) {
-    if (height == i + 1) Sweep<i + 1>(0, rows - last, columns, use);
-    if (last == i + 1) Sweep<i + 1>(rows - last, rows, columns, use);
+    if (height == i + 1) Sweep<i + 1, kWide>(0, rows - last, columns, use);
+    if (last == i + 1) Sweep<i + 1, kWide>(rows - last, rows, columns, use);
   });
 }
 
@@ -223,6 +222,26 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
   ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
     MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column);
   });
+}
+
+// Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
+// half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So up to kManyRows rows have tiles as wide
+// as a panel, of up to three rows, which take turns every kRun rows of it.
+constexpr bool kReadsWholePanels = 4 * kLanes == kPackedColumns;
+template <typename T>
+void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
+  constexpr int kMost = kManyRows / 2;
+  constexpr int64_t kRun = 32;  // 16 and 64 were about as fast
+  const int64_t run_rows = rows > kMost ? kRun : range.end - range.begin;
+  for (int64_t n = 0; n < columns; n += kPackedColumns) {
+    Range run = range;
+    for (; run.begin < range.end; run.begin = run.end) {
+      run.end = range.end - run.begin < run_rows ? range.end : run.begin + run_rows;
+      ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
+        MultiplyTile<T, Sums::kFloat, tile_rows, 4>(run, row, n);
+      });
+    }
+  }
 }
 
 // Likewise for a single row, of a plain weight of whole panels: packing would read it and write it once more.
@@ -450,9 +469,18 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         }
         if constexpr (kSums == Sums::kExact) {
           MultiplyRange<T, kSums, 1>(range, rows, strip.columns);
-        } else if (expanded || !kExpands) {
+          continue;
+        }
+        constexpr bool kWhole = kReadsWholePanels && kSums == Sums::kFloat;
+        if constexpr (kWhole) {
+          if (rows <= kManyRows) {
+            MultiplyWholePanels<T>(range, rows, strip.columns);
+            continue;
+          }
+        }
+        if (expanded || !kExpands) {
           MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
-        } else {
+        } else if constexpr (kSums != Sums::kExact && !kWhole) {
           MultiplyRange<T, kSums, kManyRows>(range, rows, strip.columns);
         }
       }
