@@ -75,7 +75,7 @@ test-asan: build .venv-npu/ready
 	cp build/asan/*.so build/asan/package/ffn_ops/
 	cp build/asan/cann/*.so build/asan/package/ffn_ops/emulator/cann/
 	$(SANITIZED) .venv/bin/pytest --capture=sys -m "not slow" $(ASAN_TESTS)
-	$(SANITIZED) .venv-npu/bin/pytest --capture=sys --device npu $(ASAN_NPU_TESTS)
+	$(SANITIZED) .venv-npu/bin/python .venv/bin/pytest --capture=sys --device npu $(ASAN_NPU_TESTS)
 
 # What knows neither torch nor Python, for aarch64. The kernels run, under an emulator of CPUs with and without dot products.
 test-aarch64: .venv/ready
@@ -89,8 +89,8 @@ test-aarch64: .venv/ready
 	qemu-aarch64 -cpu max build/aarch64/kernel_selftest neon_i8mm
 	qemu-aarch64 -cpu cortex-a53 build/aarch64/kernel_selftest generic
 
-# What imports torch_npu has an environment of its own: without CANN, torch-npu breaks importing torch and transformers'
-# models. Same Python, so it takes the compiled modules of .venv from the checkout.
+# What imports torch_npu has an environment of its own, over that of .venv: without CANN, torch-npu breaks importing
+# torch and transformers' models. Same Python, so it takes the compiled modules of .venv from the checkout.
 test-npu: build .venv-npu/ready
 	.venv-npu/bin/python -m pytest $(PARALLEL) --device npu
 
@@ -98,9 +98,11 @@ test-npu: build .venv-npu/ready
 npu-check: build .venv-npu/ready
 	.venv-npu/bin/python -m ffn_ops npu-check
 
-.venv-npu/ready: constraints.txt
-	$(PYTHON) -m venv .venv-npu
-	$(subst .venv,.venv-npu,$(PIP)) torch torch-npu typer pytest pytest-xdist hypothesis numpy ml_dtypes
+SITE_PACKAGES = python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-npu/ready: .venv/ready
+	.venv/bin/python -m venv .venv-npu
+	.venv/bin/$(SITE_PACKAGES) > "$$(.venv-npu/bin/$(SITE_PACKAGES))/venv.pth"
+	$(subst .venv,.venv-npu,$(PIP)) torch-npu
 	@touch $@
 
 clean:
