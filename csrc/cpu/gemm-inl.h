@@ -244,7 +244,7 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
   }
 }
 
-// Likewise for a single row, of a plain weight of whole panels: packing would read it and write it once more.
+// A single row times a plain weight of whole panels as it lies: packing would read it and write it once more.
 // Its rows are read in runs of up to 64 columns.
 template <typename T>
 void MultiplyPlainRow(const Range& range, int64_t columns) {
@@ -467,20 +467,15 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         for (int64_t r = 0; kSums == Sums::kScaled && r < rows; ++r) {
           scratch->sums[r] = SumOf(range.a + r * kKBlock + range.begin, range.end - range.begin);
         }
+        // Of these, tiles that no call reaches are not compiled.
+        constexpr bool kWhole = kReadsWholePanels && kSums == Sums::kFloat;
         if constexpr (kSums == Sums::kExact) {
           MultiplyRange<T, kSums, 1>(range, rows, strip.columns);
-          continue;
-        }
-        constexpr bool kWhole = kReadsWholePanels && kSums == Sums::kFloat;
-        if constexpr (kWhole) {
-          if (rows <= kManyRows) {
-            MultiplyWholePanels<T>(range, rows, strip.columns);
-            continue;
-          }
-        }
-        if (expanded || !kExpands) {
+        } else if (kWhole && rows <= kManyRows) {
+          if constexpr (kWhole) MultiplyWholePanels<T>(range, rows, strip.columns);
+        } else if (expanded || !kExpands) {
           MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
-        } else if constexpr (kSums != Sums::kExact && !kWhole) {
+        } else if constexpr (!kWhole) {
           MultiplyRange<T, kSums, kManyRows>(range, rows, strip.columns);
         }
       }
