@@ -50,7 +50,7 @@ def main(
         tuple[Path, Path] | None, typer.Option(help="OLD.json NEW.json: what became slower")
     ] = None,
     publish: Annotated[
-        Path | None, typer.Option(help="writes docs/benchmarks.md from this results file")
+        Paths | None, typer.Option(help="writes docs/benchmarks.md from this results file; may be repeated")
     ] = None,
 ) -> None:
     """Measure ours beside every peer that is installed; or compare two results files, or publish one."""
@@ -60,7 +60,7 @@ def main(
             typer.echo(sentence)
         typer.echo(f"{len(slower)} figures became slower.")
         raise typer.Exit(bool(slower))
-    if publish is not None:
+    if publish:
         for path in report.publish(publish, ROOT / "docs" / "benchmarks.md"):
             typer.echo(path)
         return

@@ -200,7 +200,7 @@ def plots(results: Results, stem: Path) -> list[Path]:
     paths = []
     for name, figure in (pair for pair in drawn if pair is not None):
         path = stem.with_name(f"{stem.name}-{name}.png")
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        figure.savefig(path, dpi=80, bbox_inches="tight")
         paths.append(path)
     import matplotlib.pyplot
 
@@ -320,21 +320,17 @@ def _skew(results: Results) -> tuple[str, Any] | None:
     return "skew", figure
 
 
-def publish(source: Path, page: Path) -> list[Path]:
-    """docs/benchmarks.md and its plots, from a results file alone."""
-    results = json.loads(source.read_text())
+def publish(sources: list[Path], page: Path) -> list[Path]:
+    """docs/benchmarks.md and its plots, from results files alone, one for each machine."""
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
-    drawn = plots(results, folder / source.stem)
-    cells = [cell for cell in results["cells"] if _timed(cell)]
+    links = ", ".join(f"[{source.name}]({os.path.relpath(source, page.parent)})" for source in sources)
     lines = [
         "# Benchmarks",
         "",
-        f"Generated from [{source.name}]({os.path.relpath(source, page.parent)}) by "
-        f"`python -m benchmarks --publish`; do not edit. Measured {results['when']} at commit "
-        f"{results['commit']}. The file has every figure, its quartiles and its samples, of every peer.",
+        f"Generated from {links} by `python -m benchmarks --publish`; do not edit. The files have every "
+        "figure, its quartiles and its samples, of every peer.",
         "",
-        *(line + "\n" for line in [machine(results), *limits(results), *warnings(results)]),
         "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
         "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
         "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
@@ -342,15 +338,36 @@ def publish(source: Path, page: Path) -> list[Path]:
         "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]
+    drawn = []
+    for source in sources:
+        results = json.loads(source.read_text())
+        figures = plots(results, folder / source.stem)
+        lines += [
+            *_machine_lines(results, source.stem, [f"{folder.name}/{path.name}" for path in figures]),
+            "",
+        ]
+        drawn += figures
+    page.write_text("\n".join(lines[:-1]) + "\n")
+    return [page, *drawn]
+
+
+def _machine_lines(results: Results, name: str, figures: list[str]) -> list[str]:
+    facts = [machine(results), *limits(results), *warnings(results)]
+    lines = [
+        f"## {name}",
+        "",
+        f"Measured {results['when']} at commit {results['commit']}.\n",
+        *(line + "\n" for line in facts),
+    ]
+    cells = [cell for cell in results["cells"] if _timed(cell)]
     for shape in dict.fromkeys(cell["shape"] for cell in cells):
-        lines += [f"## {shape}", "", *markdown(CELL_HEADINGS, cell_rows(results, shape)), ""]
+        lines += [f"### {shape}, {name}", "", *markdown(CELL_HEADINGS, cell_rows(results, shape)), ""]
     encoders = list(encoder_rows(results))
     if encoders:
-        lines += ["## Feed-forward blocks in the encoder", "", *markdown(ENCODER_HEADINGS, encoders), ""]
-    lines += [f"![{path.stem}]({folder.name}/{path.name})\n" for path in drawn]
-    lines += ["## Without a figure", "", *(f"- {line}" for line in missing(results))]
-    page.write_text("\n".join(lines) + "\n")
-    return [page, *drawn]
+        lines += [f"### Feed-forward blocks in the encoder, {name}", ""]
+        lines += [*markdown(ENCODER_HEADINGS, encoders), ""]
+    lines += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
+    return [*lines, f"### Without a figure, {name}", "", *(f"- {line}" for line in missing(results))]
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

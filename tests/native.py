@@ -42,12 +42,13 @@ KERNELS = {
     name: Kernel(flushes=name in ("amx", "avx512_bf16", "neon_i8mm"), splits=name == "amx")
     for name in SUPPORTED_ISAS
 }
-BOUNDARIES = {
-    "amx": dict.fromkeys(("fp16", "w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"), 16),
-    "avx512_bf16": {"w8a16_bf16": 8, "w4a16": 32, "w4a16_bf16": 32},
-    "neon_i8mm": {"w8a16_bf16": 16, "w4a16_bf16": 16},
+BOUNDARY = {
+    name: dict.fromkeys(("w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"), 16) for name in SUPPORTED_ISAS
 }
-BOUNDARY = {name: BOUNDARIES.get(name, {}) for name in SUPPORTED_ISAS}
+if "amx" in BOUNDARY:
+    BOUNDARY["amx"]["fp16"] = 16
+if "avx512_bf16" in BOUNDARY:
+    BOUNDARY["avx512_bf16"] = {"w8a16": 8, "w8a16_bf16": 8, "w4a16": 32, "w4a16_bf16": 32}
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -133,9 +134,14 @@ def test_a_published_page_names_its_results_and_has_a_row_for_every_cell(
     for cell in quiet["cells"]:
         del cell["results"]["tests.bench_peers:Alone"]  # whose time is its own
     source.write_text(json.dumps(quiet))
-    report.publish(source, page)
-    text = page.read_text()
-    assert "[quiet.json](quiet.json)" in text and quiet["commit"] in text and quiet["when"] in text
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(quiet | {"when": "another day"}))
+    report.publish([source, other], page)
+    whole = page.read_text()
+    assert "[quiet.json](quiet.json), [other.json](other.json)" in whole and quiet["commit"] in whole
+    text, another = re.split("^## (?:quiet|other)$", whole, flags=re.MULTILINE)[1:]
+    assert quiet["when"] in text
+    assert another.strip() == text.strip().replace("quiet", "other").replace(quiet["when"], "another day")
     for cell in quiet["cells"]:
         name = report.cell_name(cell).removeprefix(f"{cell['shape']}, ")
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))

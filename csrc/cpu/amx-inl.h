@@ -12,11 +12,6 @@
 namespace ffn::cpu {
 namespace {
 
-constexpr bool kMultipliesBf16 = true;
-constexpr bool kMultipliesFp16 = false;
-constexpr bool kSplitsFp16 = true;
-constexpr bool kReadsNibbles = false;
-
 // The steps of a tile along k: 32 bf16 or 64 int8.
 constexpr int64_t kStepBytes = kTileHeight * kPackedColumns * 4;  // of a panel
 

@@ -12,24 +12,6 @@
 namespace ffn::cpu {
 namespace {
 
-#if defined(FFN_DOT_BF16)
-constexpr bool kMultipliesBf16 = true;
-#else
-constexpr bool kMultipliesBf16 = false;
-#endif
-#if defined(FFN_DOT_FP16)
-constexpr bool kMultipliesFp16 = true;
-#else
-constexpr bool kMultipliesFp16 = false;
-#endif
-#if defined(FFN_MATRICES)
-constexpr bool kMultipliesMatrices = true;
-#else
-constexpr bool kMultipliesMatrices = false;
-#endif
-constexpr bool kSplitsFp16 = false;  // three passes are not faster than one of float32
-// Packed int4 become pairs of bf16 on their way, where that is one permutation.
-constexpr bool kReadsNibbles = kMultipliesBf16 && kLanes == 16;
 template <typename T>
 constexpr bool kMultiplies = std::is_same_v<T, int8_t>   ? true
                              : std::is_same_v<T, BFloat> ? kMultipliesBf16
@@ -69,6 +51,8 @@ struct DotSums {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
   static constexpr bool kHalves = std::is_same_v<T, Half>;
   static constexpr bool kPairsOfNibbles = std::is_same_v<T, Int4Pair>;
+  static constexpr bool kPairsOfBytes = kMultipliesInt16 && std::is_same_v<T, int8_t>;
+  static constexpr int kParts = kPairsOfNibbles ? 4 : kPairsOfBytes ? 2 : 1;  // of a word of the panels
   static constexpr bool kMatrices = kMultipliesMatrices && !kHalves && !kPairsOfNibbles;
   // Matrices have two rows; the last one of an odd number has zeros beside it.
   static constexpr int kHeld = kMatrices ? (kRows + 1) / 2 * 2 : kRows;
@@ -104,7 +88,7 @@ struct DotSums {
   // Between rows of sums and matrices of them; either way it is the same exchange.
   inline __attribute__((always_inline)) void ExchangePairs() {
     if constexpr (kMatrices) {
-#if defined(FFN_MATRICES)
+#if FFN_MATRICES
       Unrolled<kHeld / 2>([&](auto p) __attribute__((always_inline)) {
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
           const Sum upper = sum[2 * p][v], lower = sum[2 * p + 1][v];
@@ -132,6 +116,14 @@ struct DotSums {
   }
 
  private:
+  // What one of a row's words is multiplied by.
+  template <int kPart>
+  static inline __attribute__((always_inline)) U32 Part(U32 stored) {
+    if constexpr (kPairsOfNibbles) return PairOfNibbles<kPart>(stored);
+    if constexpr (kPairsOfBytes) return PairOfBytes<kPart>(stored);
+    return Weights<Sum>(stored);
+  }
+
   // The next words of kLanes columns, as panels have them.
   inline __attribute__((always_inline)) U32 Next(int v) {
     const char* const from = panels[v];
@@ -155,7 +147,7 @@ struct DotSums {
 
   // kWords words of each row, by what the panels have for them.
   inline __attribute__((always_inline)) void AddWords(const Words (&x)[kPlanes][kHeld]) {
-#if defined(FFN_DOT_FP16)
+#if FFN_DOT_FP16
     if constexpr (kHalves) {
       Unrolled<2 * kWords>([&](auto i) __attribute__((always_inline)) {
         AskFor(panels[0]);
@@ -171,7 +163,7 @@ struct DotSums {
       return;
     }
 #endif
-#if defined(FFN_MATRICES)
+#if FFN_MATRICES
     if constexpr (kMatrices) {
       Unrolled<kWords / 2>([&](auto i) __attribute__((always_inline)) {
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
@@ -192,8 +184,8 @@ struct DotSums {
       Unrolled<kWords>([&](auto i) __attribute__((always_inline)) {
         U32 w[kVectors];
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          if (!kPairsOfNibbles || i == 0) stored[v] = Next(v);
-          w[v] = kPairsOfNibbles ? PairOfNibbles<i>(stored[v]) : Weights<Sum>(stored[v]);
+          if (i % kParts == 0) stored[v] = Next(v);
+          w[v] = Part<i % kParts>(stored[v]);
         });
         Unrolled<kPlanes>([&](auto p) __attribute__((always_inline)) {
           Each([&](Sum& one, auto r, auto v)
@@ -234,6 +226,22 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
                           stride,
                           left.rows > kDotRows ? ahead : Ahead{},
                           left.PlaneBytes()};
+  if constexpr (kReadsWholePanels && kMultiplies<T>) {
+    // More are as fast with wide tiles, since they wait for the instructions.
+    if (left.rows <= kFewRows) {
+      constexpr int64_t kRun = 2;  // steps; 1 and 8 were about as fast
+      const int64_t step = BlockColumns(left.left);
+      ForEachWholePanel(left.rows, columns, 0, steps, kRun,
+                        [&](auto rows, int64_t row, int64_t column, int64_t begin, int64_t end) {
+                          DotRange run = range;
+                          run.a += begin * range.a_step;
+                          run.panels.data = panels.At<T>(begin * step, 0);
+                          run.steps = end - begin;
+                          DotTile<T, rows, 4, kPlanes, false>(run, row, column);
+                        });
+      return;
+    }
+  }
   ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
     if constexpr (kMultiplies<T>) DotTile<T, rows, vectors, kPlanes, false>(range, row, column);
   });
@@ -266,7 +274,7 @@ void MultiplyPlain(const char* a, const LeftRows& left, const Weight& weight, co
   });
 }
 
-#if defined(FFN_DOT_BF16) && defined(FFN_AVX512)
+#if FFN_DOT_BF16 && defined(FFN_AVX512)
 // The groups of integer weights beside x of T, from the first column of a task.
 template <typename T>
 struct Groups {

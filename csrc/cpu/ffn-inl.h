@@ -11,7 +11,7 @@
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
 #include "cpu/vec-inl.h"
-#if defined(FFN_AMX) || defined(FFN_DOT)
+#if FFN_AMX || FFN_DOT
 #include "cpu/narrow-inl.h"
 #endif
 
@@ -77,16 +77,16 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
 }
 
 // How segments store their left operands, and what multiplies those that are not floats.
-#if defined(FFN_AMX) || defined(FFN_DOT)
+#if FFN_AMX || FFN_DOT
 constexpr auto LeftOf = NarrowLeftOf;
 #else
-Left LeftOf(const Problem&, int64_t) { return Left::kFloat; }
+constexpr auto LeftOf = FloatLeftOf;
 constexpr auto MultiplyNarrow = Multiply;
 #endif
 
 inline void MultiplySegment(const Wave& wave, const Product& product, const Segment& segment,
                             const Columns& columns, float* tile, TaskScratch* scratch) {
-  (segment.left == Left::kFloat ? Multiply : MultiplyNarrow)(wave, product, segment, columns, tile, scratch);
+  (IsFloat(segment.left) ? Multiply : MultiplyNarrow)(wave, product, segment, columns, tile, scratch);
 }
 
 // kLanes results of a product from their sums: with the bias, which wraps around in int32, and dequantised.

@@ -226,22 +226,34 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
 
 // Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
 // half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So up to kManyRows rows have tiles as wide
-// as a panel, of up to three rows, which take turns every kRun rows of it.
+// as a panel, of up to three rows, which take turns every `run` of its steps along k. Calls
+// use(kRows, row, column, begin, end) for each.
 constexpr bool kReadsWholePanels = 4 * kLanes == kPackedColumns;
-template <typename T>
-void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
+template <typename Use>
+inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
+                              const Use& use) {
   constexpr int kMost = kManyRows / 2;
-  constexpr int64_t kRun = 32;  // 16 and 64 were about as fast
-  const int64_t run_rows = rows > kMost ? kRun : range.end - range.begin;
+  if (rows <= kMost) run = end - begin;
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
-    Range run = range;
-    for (; run.begin < range.end; run.begin = run.end) {
-      run.end = range.end - run.begin < run_rows ? range.end : run.begin + run_rows;
+    for (int64_t first = begin; first < end; first += run) {
+      const int64_t last = end - first < run ? end : first + run;
       ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
-        MultiplyTile<T, Sums::kFloat, tile_rows, 4>(run, row, n);
+        use(tile_rows, row, n, first, last);
       });
     }
   }
+}
+
+template <typename T>
+void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
+  constexpr int64_t kRun = 32;  // rows of W; 16 and 64 were about as fast
+  ForEachWholePanel(rows, columns, range.begin, range.end, kRun,
+                    [&](auto tile_rows, int64_t row, int64_t column, int64_t begin, int64_t end) {
+                      Range run = range;
+                      run.begin = begin;
+                      run.end = end;
+                      MultiplyTile<T, Sums::kFloat, tile_rows, 4>(run, row, column);
+                    });
 }
 
 // A single row times a plain weight of whole panels as it lies: packing would read it and write it once more.
@@ -388,6 +400,51 @@ inline int64_t PanelDepth(int64_t columns) {
   return depth;
 }
 
+// Expanding a panel, or several passes, must pay: so many rows of an expert take integer weights that were
+// scaled first, or fp16 through bf16. Fewer convert on the way, and scale sums. It is the one place where a
+// row's bits depend on how many an expert has. 16 is what a tile of AMX has; the others were measured (Zen
+// 4).
+constexpr int64_t FewestRows(DType weight) {
+  if (!kReadsNibbles) return 16;
+  return weight == DType::kInt4 ? 32 : 8;
+}
+
+// How segments that are multiplied as float32 store their left operands.
+Left FloatLeftOf(const Problem& problem, int64_t rows) {
+  const bool antiquant = problem.channels1.antiquant_scale != nullptr;
+  return antiquant && rows < FewestRows(problem.weight_dtype) ? Left::kFloatExact : Left::kFloat;
+}
+
+// Rows [begin, end) of panels, which belong to one group, into panels of float32 as (w + offset) scale; those
+// have `rows` rows.
+template <typename T>
+void ExpandScaled(const Panels& from, int64_t begin, int64_t end, int64_t rows, int64_t columns,
+                  const TaskScratch& scratch, float* to) {
+  using Layout = Panel<T>;
+  constexpr int kGroup = Layout::kGroup, kVectors = kPackedColumns / kLanes;
+  for (int64_t n = 0; n < columns; n += kPackedColumns, to += rows * kPackedColumns) {
+    F32 offset[kVectors], scale[kVectors];
+    Unrolled<kVectors>([&](auto v) {
+      offset[v] = Load<F32>(scratch.antiquant_offset + n + v * kLanes);
+      scale[v] = Load<F32>(scratch.antiquant_scale + n + v * kLanes);
+    });
+    for (int64_t k = begin / kGroup * kGroup; k < end; k += kGroup) {
+      const char* const panel = from.At<T>(k, n);
+      const bool whole = k >= begin && k + kGroup <= end;
+      AskFor(panel);
+      if constexpr (kGroupBytes<T> > 64) AskFor(panel + 64);
+      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        const auto vector = Load<typename Layout::Vector>(panel + v * kLanes * kUnitBytes<T>);
+        Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
+          if (!whole && (k + i < begin || k + i >= end)) return;
+          Store(to + (k + i) * kPackedColumns + v * kLanes,
+                (Layout::template Element<i>(vector) + offset[v]) * scale[v]);
+        });
+      });
+    }
+  }
+}
+
 // tile[rows][TileStride(columns)] += rows [row, row + rows) of the segment times the columns.
 template <typename T, Sums kSums>
 void MultiplyRows(const Wave& wave, const Product& product, const Segment& segment, int64_t row, int64_t rows,
@@ -397,7 +454,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
   if constexpr (kReadsTransposed && kSums == Sums::kFloat) {
-    if (!weight.packed && weight.col_stride != 1 && rows <= kFewRows && left.left == Left::kFloat) {
+    if (!weight.packed && weight.col_stride != 1 && rows <= kFewRows && IsFloat(left.left)) {
       const T* const from = PlainAt<T>(weight, segment.expert, 0, columns.column);
       Unrolled<kFewRows>([&](auto i) {
         if (rows == i + 1) {
@@ -408,9 +465,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       return;
     }
   }
-  // One tile of rows would use an expanded panel once, so it converts on the way.
-  const bool expanded = kExpands && rows > kManyRows;
-  const bool strips = rows > (kExpands ? kManyRows : kFewRows) || (antiquant && !weight.packed);
+  // One tile of rows would use an expanded panel once, so it converts on the way. To scale takes longer.
+  const bool expanded = kExpands && rows > (kSums == Sums::kExact ? 1 : kManyRows);
+  const bool strips = expanded || rows > (kExpands ? kManyRows : kFewRows) || (antiquant && !weight.packed);
   const int64_t width = strips && columns.columns > kMinColumns ? kMinColumns : columns.columns;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
   // any case, since a chain ends with the block.
@@ -422,7 +479,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   range.tile_stride = TileStride(columns.columns);
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
-    if (left.left == Left::kFloat) {
+    if (IsFloat(left.left)) {
       range.a = reinterpret_cast<const float*>(left.At(row, block));
     } else {  // a single row that tiles could not multiply
       for (int64_t k = 0; k < block_rows; k += kLanes) Store(scratch->row + k, left.Get(row, block + k));
@@ -454,10 +511,23 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
                                      : -n);
       }
       if (expanded) {
-        Expand<T>(range.panels, block_rows, strip.columns, scratch->panel);
-        const int64_t groups = (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup;
-        range.panels = {reinterpret_cast<const char*>(scratch->panel),
-                        groups * Panel<T>::kGroup * kGroupBytes<float>};
+        const int64_t expanded_rows =
+            (block_rows + Panel<T>::kGroup - 1) / Panel<T>::kGroup * Panel<T>::kGroup;
+        const Panels panels = range.panels;
+        range.panels = {reinterpret_cast<const char*>(scratch->panel), expanded_rows * kGroupBytes<float>};
+        if constexpr (kSums == Sums::kExact) {
+          for (int64_t begin = 0, end = 0; begin < block_rows; begin = end) {
+            end = LoadGroup(wave, product, segment.expert, block + begin, strip, scratch) - block;
+            end = end < block_rows ? end : block_rows;
+            ExpandScaled<T>(panels, begin, end, expanded_rows, strip.columns, *scratch, scratch->panel);
+          }
+          range.begin = 0;
+          range.end = block_rows;
+          range.ahead = ahead;
+          MultiplyRange<float, Sums::kFloat, kManyRows>(range, rows, strip.columns);
+          continue;
+        }
+        Expand<T>(panels, block_rows, strip.columns, scratch->panel);
       }
       for (range.begin = 0; range.begin < block_rows; range.begin = range.end) {
         const int64_t group_end =
@@ -519,19 +589,6 @@ void Repeat(const Wave& wave, const Product& product, const Segment& segment, co
   }
 }
 
-// Whether weights of T are multiplied as float32 beside x of their own type. Where there are instructions for
-// int8 or bf16, LeftOf (ffn-inl.h) never asks for that.
-#if defined(FFN_AMX) || defined(FFN_DOT)
-constexpr bool kInt8AsFloat = false;
-#else
-constexpr bool kInt8AsFloat = true;
-#endif
-#if defined(FFN_AMX) || defined(FFN_DOT_BF16)
-constexpr bool kBf16AsFloat = false;
-#else
-constexpr bool kBf16AsFloat = true;
-#endif
-
 // tile[segment.rows][TileStride(columns)] = the segment's rows of product.a times the columns of W.
 inline void Multiply(const Wave& wave, const Product& product, const Segment& segment, const Columns& columns,
                      float* tile, TaskScratch* scratch) {
@@ -541,14 +598,19 @@ inline void Multiply(const Wave& wave, const Product& product, const Segment& se
     using T = decltype(t);
     constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
     if constexpr (!kInteger) {
-      if constexpr (kBf16AsFloat || !std::is_same_v<T, BFloat>) {
+      // Where there are instructions for bf16 or int8, LeftOf (ffn-inl.h) never asks for float32 instead.
+      if constexpr (!kMultipliesBf16 || !std::is_same_v<T, BFloat>) {
         MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
       }
     } else if (!antiquant) {
-      if constexpr (kInt8AsFloat) {
+      if constexpr (!kMultipliesInt8) {
         MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
       }
     } else {
+      if (segment.left == Left::kFloat) {
+        MultiplyRows<T, Sums::kExact>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+        return;
+      }
       MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
       // Scaling after the sum overflows where a single product need not, and makes NaN of an infinite x.
       Repeat<T, Sums::kExact>(wave, product, segment, columns, tile, scratch);

@@ -2,7 +2,7 @@
 // The kernels for x86-64 with AVX-VNNI beside AVX2, FMA and F16C; CMakeLists.txt has the flags.
 #include "cpu/ffn-inl.h"
 
-#if !defined(FFN_DOT)
+#if !defined(__AVXVNNI__)
 #error "isa_avx2_vnni.cc is compiled without its flags"
 #endif
 

@@ -2,7 +2,7 @@
 // The kernels for x86-64 with AVX-512 VNNI beside F, BW, VL and DQ; CMakeLists.txt has the flags.
 #include "cpu/ffn-inl.h"
 
-#if !defined(FFN_DOT)
+#if !FFN_DOT
 #error "isa_avx512_vnni.cc is compiled without its flags"
 #endif
 

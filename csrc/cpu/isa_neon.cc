@@ -3,7 +3,7 @@
 // CMakeLists.txt has the flags.
 #include "cpu/ffn-inl.h"
 
-#if !defined(FFN_DOT)
+#if !FFN_DOT
 #error "isa_neon.cc is compiled without its flags"
 #endif
 

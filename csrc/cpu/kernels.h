@@ -47,13 +47,14 @@ struct Steps {
 
 // How a segment's left operands are stored: as above, or for tiles (amx-inl.h) in blocks of one tile's 64
 // bytes, bf16, fp16 as the sum of two bf16 (a plane of the high parts, a plane of the rest), or int8, which
-// dot products (dot-inl.h) take as well as bf16 and fp16. kBf16Exact is bf16 beside integer weights that stay
-// exact.
-enum class Left : uint8_t { kFloat, kFp16, kBf16, kBf16Exact, kSplit, kInt8 };
+// dot products (dot-inl.h) take as well as bf16 and fp16. Beside kFloatExact and kBf16Exact integer weights
+// stay exact, and sums are scaled instead. kInt16 is int8 for what multiplies no narrower integers.
+enum class Left : uint8_t { kFloat, kFloatExact, kFp16, kBf16, kBf16Exact, kSplit, kInt8, kInt16 };
+constexpr bool IsFloat(Left left) { return left == Left::kFloat || left == Left::kFloatExact; }
 
 // Bytes of a column in a row of a left operand; fp16 as a sum has it twice.
 constexpr int64_t LeftBytes(Left left) {
-  return left == Left::kFloat || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
+  return IsFloat(left) || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
 }
 
 constexpr int64_t kSlackBytes = 2048;  // 15 rows of a tile's 64 bytes, rounded up

@@ -15,7 +15,7 @@
 #include "cpu/kernels.h"
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
-#if defined(FFN_AMX)
+#if FFN_AMX
 #include "cpu/amx-inl.h"
 #else
 #include "cpu/dot-inl.h"
@@ -25,14 +25,6 @@
 namespace ffn::cpu {
 namespace {
 
-// Expanding a panel, or several passes, must pay: so many rows of an expert take fp16 through bf16, or
-// integer weights that were scaled and rounded. Fewer convert on the way, and scale sums. It is the one place
-// where a row's bits depend on how many an expert has. 16 is what a tile has; the others were measured (Zen
-// 4).
-constexpr int64_t FewestRows(DType weight) {
-  if (!kReadsNibbles) return 16;
-  return weight == DType::kInt4 ? 32 : 8;
-}
 static_assert(!kReadsNibbles || (FewestRows(DType::kInt4) + 15) / 16 * 16 * (kMaxColumns + kTilePadding) <=
                                     kMaxRows * kMinColumns,
               "a task's sums of a group fit scratch");
@@ -46,22 +38,23 @@ bool GroupsFitSteps(const Problem& problem) {
 
 Left NarrowLeftOf(const Problem& problem, int64_t rows) {
   const bool few = rows < FewestRows(problem.weight_dtype);
+  const Left as_float = FloatLeftOf(problem, rows);
   switch (problem.x_dtype) {
     case DType::kInt8:
-      return Left::kInt8;
+      return kMultipliesInt16 ? Left::kInt16 : Left::kInt8;
     case DType::kBFloat16:
-      if (!kMultipliesBf16) return Left::kFloat;
+      if (!kMultipliesBf16) return as_float;
       if (problem.weight_dtype == DType::kBFloat16) return Left::kBf16;
-      if (!GroupsFitSteps(problem)) return Left::kFloat;
+      if (!GroupsFitSteps(problem)) return as_float;
       if (!few) return Left::kBf16;
-      return kReadsNibbles && problem.weight_dtype == DType::kInt4 ? Left::kBf16Exact : Left::kFloat;
+      return kReadsNibbles && problem.weight_dtype == DType::kInt4 ? Left::kBf16Exact : as_float;
     case DType::kFloat16:
       if (kMultipliesFp16 && problem.weight_dtype == DType::kFloat16) return Left::kFp16;
-      if (!GroupsFitSteps(problem)) return Left::kFloat;
-      if (kReadsNibbles) return few && problem.weight_dtype == DType::kInt4 ? Left::kSplit : Left::kFloat;
-      return kSplitsFp16 && !few ? Left::kSplit : Left::kFloat;
+      if (!GroupsFitSteps(problem)) return as_float;
+      if (kReadsNibbles) return few && problem.weight_dtype == DType::kInt4 ? Left::kSplit : as_float;
+      return kSplitsFp16 && !few ? Left::kSplit : as_float;
     default:
-      return Left::kFloat;
+      return as_float;
   }
 }
 
@@ -140,14 +133,14 @@ template <typename T>
 void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment& segment,
                         const Columns& columns, float* tile, TaskScratch* scratch) {
   constexpr bool kInteger = std::is_same_v<T, int8_t> || std::is_same_v<T, Int4Pair>;
-  const bool antiquant = kInteger && product.channels->antiquant_scale != nullptr;
+  const bool antiquant = kMultipliesBf16 && kInteger && product.channels->antiquant_scale != nullptr;
   constexpr bool kSplit = std::is_same_v<T, Half> && kSplitsFp16;
   const bool as_it_is =
       std::is_same_v<T, BFloat> || (std::is_same_v<T, Half> && !kSplit) || (kInteger && !antiquant);
   const LeftRows left(product, segment);
   const bool scales_sums = antiquant && left.left != Left::kBf16;
   const bool reads_nibbles = kReadsNibbles && std::is_same_v<T, Int4Pair> && scales_sums;
-#if defined(FFN_DOT_BF16) && defined(FFN_AVX512)
+#if FFN_DOT_BF16 && defined(FFN_AVX512)
   if (reads_nibbles && left.rows <= kFewRows) {
     return (left.left == Left::kSplit ? MultiplyNibbles<Half>
                                       : MultiplyNibbles<BFloat>)(product, segment, columns, tile, scratch);
@@ -175,7 +168,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       const Block part = {segment.expert, block, rows, strip.column, strip.columns};
       const char* const a = left.At(0, block);
       float* const to = tile + n;
-#if defined(FFN_DOT)
+#if FFN_DOT
       if constexpr (kReadsPlain<T>) {
         if (as_it_is && ReadsPlain(weight, left, part)) {
           MultiplyPlain<T>(a, left, weight, part, to, stride);
@@ -251,13 +244,19 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   }
 }
 
+// Weights of which NarrowLeftOf ever stores the left operand narrow.
+template <typename T>
+constexpr bool kIsNarrow = std::is_same_v<T, int8_t> ? true
+                           : std::is_same_v<T, Half> ? kMultipliesFp16 || kSplitsFp16
+                                                     : kMultipliesBf16 && !std::is_same_v<T, float>;
+
 // As Multiply, for a segment whose left operands are stored narrow.
 inline void MultiplyNarrow(const Wave& wave, const Product& product, const Segment& segment,
                            const Columns& columns, float* tile, TaskScratch* scratch) {
   BeginSums(wave, LeftRows(product, segment), columns, tile);
   WithWeightType(wave.problem->weight_dtype, [&](auto t) {
     using T = decltype(t);
-    if constexpr (!std::is_same_v<T, float>) {
+    if constexpr (kIsNarrow<T>) {
       MultiplyNarrowRows<T>(wave, product, segment, columns, tile, scratch);
     }
     // An infinity has no rest, and none of what is scaled after the sum may overflow before.

@@ -43,6 +43,7 @@ using F32 = float __attribute__((vector_size(4 * kLanes)));
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
 using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));
 using U16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+using I16 = int16_t __attribute__((vector_size(2 * kLanes)));
 using I8 = int8_t __attribute__((vector_size(kLanes)));
 using U8 = uint8_t __attribute__((vector_size(kLanes)));
 
@@ -364,12 +365,28 @@ inline U32 PairOfNibbles(U32 word) {
 #endif
 }
 
-// Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is defined, and
+// The int8 in each word as pairs of int16: the first and the third, or (kPair 1) the second and the fourth.
+template <int kPair>
+inline U32 PairOfBytes(U32 word) {
+  using Pairs = int16_t __attribute__((vector_size(4 * kLanes)));
+  return (U32)((Pairs)(kPair == 0 ? word << 8 : word) >> 8);
+}
+// Where an element is that such pairs meet, in rows of int16: the second and the third of each four change
+// places.
+constexpr int64_t PlaceInPairs(int64_t element) {
+  return (element & ~int64_t{3}) | (element & 1) << 1 | (element >> 1 & 1);
+}
+template <int... kLane>
+inline F32 InPairs(F32 v, std::integer_sequence<int, kLane...>) {
+  return Shuffle(v, v, std::integer_sequence<int, static_cast<int>(PlaceInPairs(kLane))...>());
+}
+
+// Dot products of 32-bit words, each four int8 or two bf16: where those of int8 are, FFN_DOT is 1, and
 // FFN_DOT_BF16 where those of bf16 are too, with FFN_MATRICES as 2 x 2 at once; FFN_DOT_FP16 where fp16 are
-// multiplied into float32 sums. DotProduct adds to each lane of the sum the products of the
-// elements in that lane of w and x: int32 wraps around, and subnormal bf16 and sums are zeros.
-// MultiplyWord<i> takes word i of a row's kWords for all lanes. Intel's int8 take w as unsigned, so there
-// Weights makes each weight kWordOffset more than it was.
+// multiplied into float32 sums; FFN_DOT_INT16 where int8 are multiplied as pairs of int16. DotProduct adds to
+// each lane of the sum the products of the elements in that lane of w and x: int32 wraps around, and
+// subnormal bf16 and sums are zeros. MultiplyWord<i> takes word i of a row's kWords for all lanes. Intel's
+// int8 take w as unsigned, so there Weights makes each weight kWordOffset more than it was.
 #if defined(FFN_AVX512) && defined(__AVX512VNNI__)
 #define FFN_DOT 1
 inline I32 DotProduct(I32 sum, U32 w, I32 x) {
@@ -379,6 +396,15 @@ inline I32 DotProduct(I32 sum, U32 w, I32 x) {
 #define FFN_DOT 1
 inline I32 DotProduct(I32 sum, U32 w, I32 x) {
   return (I32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+}
+#elif defined(FFN_AVX2)
+// What multiplies int8 saturates; int16 are exact, at half the rate.
+#define FFN_DOT 1
+#define FFN_DOT_INT16 1
+inline I32 DotProduct(I32 sum, U32 w, I32 x) {
+  __m256i added = _mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x));
+  asm("" : "+x"(added));  // GCC else adds products to each other first, and keeps them in memory until then
+  return (I32)added;
 }
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define FFN_DOT 1
@@ -402,15 +428,19 @@ inline F32 DotProduct(F32 sum, U32 w, I32 x) {
 }
 #endif
 
-#if defined(FFN_DOT)
+#if FFN_DOT
 constexpr int kWords = 4;
 #if defined(__x86_64__)
+#if FFN_DOT_INT16
+constexpr int kWordOffset = 0;
+#else
 constexpr int kWordOffset = 128;
+#endif
 using Words = const char*;
 inline Words LoadWords(const char* p) { return p; }
 template <typename Sum>
 inline U32 Weights(U32 w) {
-  return std::is_same_v<Sum, I32> ? w ^ 0x80808080u : w;
+  return std::is_same_v<Sum, I32> && kWordOffset != 0 ? w ^ 0x80808080u : w;
 }
 template <int kWord, typename Sum>
 inline Sum MultiplyWord(Sum sum, U32 w, Words x) {
@@ -429,7 +459,7 @@ inline I32 MultiplyWord(I32 sum, U32 w, Words x) {
   return (I32)vdotq_laneq_s32((int32x4_t)sum, (int8x16_t)w, x, kWord);
 }
 
-#if defined(FFN_DOT_FP16)
+#if FFN_DOT_FP16
 // Adds element kElement of a row times four halves of w, the first or the last ones, as float32.
 using Halves = uint16_t __attribute__((vector_size(16)));
 template <int kElement, bool kLast>
@@ -441,7 +471,7 @@ inline F32 MultiplyHalf(F32 sum, Halves w, Words x) {
 }
 #endif
 
-#if defined(FFN_MATRICES)
+#if FFN_MATRICES
 // Products of matrices: 2 x 2 sums += two rows' pairs of words by two columns' pairs of words, row by row.
 inline I32 MultiplyMatrices(I32 sum, U32 rows, U32 columns) {
   return (I32)vmmlaq_s32((int32x4_t)sum, (int8x16_t)rows, (int8x16_t)columns);
@@ -464,6 +494,35 @@ inline U32 WordsByTurns(U32 a, U32 b) {
 #endif
 #endif
 #endif
+
+// What is multiplied in its narrow format (narrow-inl.h), by tiles (amx-inl.h) or by dot products
+// (dot-inl.h); the rest is multiplied as float32.
+#if !defined(FFN_AMX)
+#define FFN_AMX 0
+#endif
+#if !defined(FFN_DOT)
+#define FFN_DOT 0
+#endif
+#if !defined(FFN_DOT_INT16)
+#define FFN_DOT_INT16 0
+#endif
+#if !defined(FFN_DOT_BF16)
+#define FFN_DOT_BF16 0
+#endif
+#if !defined(FFN_DOT_FP16)
+#define FFN_DOT_FP16 0
+#endif
+#if !defined(FFN_MATRICES)
+#define FFN_MATRICES 0
+#endif
+constexpr bool kMultipliesInt8 = FFN_AMX || FFN_DOT;
+constexpr bool kMultipliesInt16 = !FFN_AMX && FFN_DOT_INT16;  // instead of int8
+constexpr bool kMultipliesBf16 = FFN_AMX || FFN_DOT_BF16;
+constexpr bool kMultipliesFp16 = !FFN_AMX && FFN_DOT_FP16;
+constexpr bool kMultipliesMatrices = !FFN_AMX && FFN_MATRICES;
+constexpr bool kSplitsFp16 = FFN_AMX;  // three passes of dot products are not faster than one of float32
+// Packed int4 become pairs of bf16 on their way, where that is one permutation.
+constexpr bool kReadsNibbles = !FFN_AMX && kMultipliesBf16 && kLanes == 16;
 
 }  // namespace
 }  // namespace ffn::cpu
