@@ -34,10 +34,11 @@ def evict_bytes() -> int:
 
 
 class Start:
-    """Brings the machine into the state in which a sample begins."""
+    """Brings the machine into the state in which a sample begins. `rest`: until idle threads have gone to
+    sleep, where calls have threads of their own, which else meet those of the call before, still spinning."""
 
-    def __init__(self, start: str) -> None:
-        self.start = start
+    def __init__(self, start: str, rest: bool = False) -> None:
+        self.start, self.rest = start, rest
         # Ones, since untouched zeros are all the same page.
         self._buffer = torch.ones(evict_bytes() // 8, dtype=torch.int64) if start == "cold" else None
 
@@ -46,9 +47,9 @@ class Start:
             # Read, as the weights of the layers before are. Had it been written, a sample would pay for
             # writing the cache back: half as long again for 75 MB of weights, with a cache of 32 MB.
             self._buffer.sum()
-        elif self.start == "idle":
+        if self.start == "idle" or self.rest:
             time.sleep(IDLE_SECONDS)
-        elif self.start == "call":
+        if self.start == "call":
             torch.npu.synchronize()
 
 
@@ -62,10 +63,11 @@ def interleaved(
     seconds: float,
     enter: Callable[[str], None] = lambda name: None,
     switches: Callable[[], int] = switches,
+    rest: bool = False,
 ) -> dict[str, Figure]:
     """One sample of each call in every round, until each has ENOUGH clean ones or the time is over: `seconds`
     for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next."""
-    prepare = Start(start)
+    prepare = Start(start, rest)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     dropped = dict.fromkeys(calls, 0)
     end = time.perf_counter() + seconds * len(calls)

@@ -139,7 +139,8 @@ def measure_shape(
         anchored = process not in ("", "npu")
         mine = [cell for cell in planned if process == "npu" or cell["start"] != "call"]
         job = {"shape": shape, "mode": mode, "cells": mine, "threads": options.threads,
-               "seconds": options.seconds, "emulated": emulated() if process == "npu" else None}  # fmt: skip
+               "seconds": options.seconds, "rest": anchored,
+               "emulated": emulated() if process == "npu" else None}  # fmt: skip
         lines = work(job, [ANCHOR, *members] if anchored else members, options.isa, end)
         for index, line in enumerate(lines):
             results = line["results"]

@@ -70,7 +70,7 @@ def main() -> None:
                 case = Case(weights, cell["M"], start, cell["routing"])
                 answer = Answer(case)
             able = [peer for peer in peers if slow.get(peer.name, cell["M"]) >= cell["M"]]
-            results = measure_cell(case, answer, able, job["seconds"], enter)
+            results = measure_cell(case, answer, able, job["seconds"], job["rest"], enter)
             for peer in peers:
                 if peer not in able:
                     reason = f"too slow with {slow[peer.name]} rows already"
@@ -88,9 +88,10 @@ def seconds_of(call: Call) -> float:
 
 
 def measure_cell(
-    case: Any, answer: Any, peers: list[Peer], seconds: float, enter: Callable[[str], None]
+    case: Any, answer: Any, peers: list[Peer], seconds: float, rest: bool, enter: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """By peer: its figure, or why it has none. `enter` is told whose code is about to run."""
+    """By peer: its figure, or why it has none. `rest` as for measure.Start; `enter` is told whose code is
+    about to run."""
     results: dict[str, dict[str, Any]] = {}
     ready: dict[str, Ready] = {}
     for peer in peers:
@@ -126,7 +127,8 @@ def measure_cell(
             results[name] = {"status": "slow", "reason": reason, "error": one.verdict.error,
                              "call_seconds": one.call_seconds}  # fmt: skip
             del ready[name]
-    figures = measure.interleaved({name: one.call for name, one in ready.items()}, case.start, seconds, enter)
+    calls = {name: one.call for name, one in ready.items()}
+    figures = measure.interleaved(calls, case.start, seconds, enter, rest=rest)
     by_name = {peer.name: peer for peer in peers}
     for name, one in ready.items():
         figure, peer = figures[name], by_name[name]
