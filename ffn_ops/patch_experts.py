@@ -5,6 +5,7 @@ Their parameters become parts of one tensor and stay the same objects. Torch onl
 is in patched.py, the operator in op.py.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -31,13 +32,15 @@ from ffn_ops.patched import (
 
 def _switch(experts: Any, one_hot: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     # A row of zeros is a token beyond its expert's capacity; ids of E are skipped.
-    return torch.where(one_hot.bool().any(-1), one_hot.argmax(-1), experts.num_experts), weights
+    chosen, ids = one_hot.max(-1)
+    return ids.masked_fill_(chosen == 0, experts.num_experts), weights
 
 
 def _nllb(experts: Any, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     # transformers 5.23 passes the router's mask for ids: each token has E slots, its first choice goes to
-    # expert 1 and everything else to expert 0. We compute what it computes.
-    return ids, weights * (1 - experts.moe_token_dropout)
+    # expert 1 and everything else to expert 0. We compute what it computes. What has no weight needs no
+    # expert: the router gives all but two of the slots none.
+    return ids.masked_fill(weights == 0, experts.num_experts), weights * (1 - experts.moe_token_dropout)
 
 
 # Class -> how ids and weights, [T, top_k], come from what its forward is given. patch compares both forwards.
@@ -61,8 +64,6 @@ class Experts(Patched):
             return super().forward(hidden_states, selected, weights)
         weight1, weight2, bias1, bias2 = stacks
         ids, weights = ROUTING[name_of(self)](self, selected, weights)
-        # What has no weight needs no expert: NLLB's router gives all but two of a token's E slots none.
-        ids = ids.masked_fill(weights == 0, self.num_experts)
         return torch.ops.ffn.moe(
             hidden_states, ids, weights.float(), weight1.mT, weight2.mT, self._form, bias1=bias1, bias2=bias2
         )
@@ -76,7 +77,7 @@ class Experts(Patched):
         stacks = []
         for name in ("weight", "bias"):
             for i in (1, 2):
-                parameters = [getattr(expert[i], name) for expert in experts]
+                parameters = [expert[i]._parameters.get(name) for expert in experts]
                 stack = _stack(parameters)
                 if stack is None and any(p is not None for p in parameters):
                     return None
@@ -85,14 +86,16 @@ class Experts(Patched):
 
     def _each(self) -> list[tuple[Any, ...]]:
         """Each expert with its layers and activation; nothing when one is not as it was, or is watched."""
-        found = []
+        first, last, act = self._names
+        found: list[tuple[Any, ...]] = []
         for e in range(self.num_experts):
             expert: Any = self._modules[f"expert_{e}"]
-            parts = (expert, *(expert._modules.get(name) for name in self._names))
-            if tuple(map(type, parts)) != self._types or any(map(watched, parts)):
+            layers = expert._modules
+            parts = (expert, layers.get(first), layers.get(last), layers.get(act))
+            if tuple(map(type, parts)) != self._types:
                 return []
             found.append(parts)
-        return found
+        return [] if watched(*itertools.chain.from_iterable(found)) else found
 
 
 def _stack(parameters: list[Any]) -> Tensor | None:
@@ -104,12 +107,14 @@ def _stack(parameters: list[Any]) -> Tensor | None:
     first, last = parameters[0], parameters[-1]
     if first is None:
         return None
-    size, start = first.numel() * first.element_size(), first.data_ptr()
+    shape, dtype, device = first.shape, first.dtype, first.device
+    size, at = first.numel() * first.element_size(), first.data_ptr()
     together = first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    for i, p in enumerate(parameters):
-        if p is None or (p.shape, p.dtype, p.device) != (first.shape, first.dtype, first.device):
+    for p in parameters:
+        if p is None or p.shape != shape or p.dtype != dtype or p.device != device:
             return None
-        together = together and p.data_ptr() == start + i * size and p.is_contiguous()
+        together = together and p.data_ptr() == at and p.is_contiguous()
+        at += size
     if not together and any(p.is_shared() for p in parameters):
         return None  # with other processes, which must go on seeing the same memory
     if not together:

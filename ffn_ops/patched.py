@@ -70,17 +70,20 @@ def patched_class(base: type, role: type[Patched], *attributes: Any) -> Any:
     return _CLASSES[key]
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether somebody looks at, or has replaced, what `module` returns."""
-    return bool(
-        module._forward_hooks
-        or _every_module._global_forward_hooks
-        or _every_module._global_forward_pre_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody looks at, or has replaced, what one of the modules returns."""
+    if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
+        return True
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def matrix_of(linear: Any) -> Tensor:
