@@ -66,7 +66,7 @@ inline void LoadChannels(const Wave& wave, const Product& product, int64_t exper
   const Channels& channels = *product.channels;
   const int64_t index = expert * product.N + columns.column;
   if (channels.bias == nullptr) {
-    __builtin_memset(bias, 0, kMaxColumns * sizeof(float));
+    __builtin_memset(bias, 0, static_cast<size_t>((columns.columns + kLanes - 1) / kLanes * kLanes) * 4);
   } else if (wave.steps.quant) {
     __builtin_memcpy(bias, static_cast<const int32_t*>(channels.bias) + index,
                      static_cast<size_t>(columns.columns) * 4);

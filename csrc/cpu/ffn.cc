@@ -100,8 +100,8 @@ constexpr int64_t kTasksPerWorker = 8;
 
 // Columns of a task: as many as the cache has room for their sums, but enough tasks for the workers. Bits do
 // not depend on it (gemm-inl.h).
-int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<Segment>& segments,
-                    int64_t cache_bytes, int64_t workers) {
+int64_t TaskColumns(const Product& product, DType weight_dtype, int64_t columns,
+                    const std::vector<Segment>& segments, int64_t cache_bytes, int64_t workers) {
   // The right half of a GLU may begin inside a panel, which must fit the tile too.
   if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   const Weight& weight = *product.weight;
@@ -109,6 +109,13 @@ int64_t TaskColumns(const Product& product, int64_t columns, const std::vector<S
   for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
   // A transposed weight is contiguous along K, so few rows gain nothing from wide tasks.
   if (!weight.packed && weight.col_stride != 1 && most_rows <= kFewRows) return kMinColumns;
+  if (ReadsPlainRows(weight, weight_dtype, segments.front().left, most_rows)) {
+    // As long runs of a row as there may be, each worker having a task, and sums that stay in the caches.
+    const int64_t most = std::min(kMaxPlainColumns, 2 * kMaxPlainColumns / most_rows);
+    const int64_t experts = static_cast<int64_t>(segments.size());
+    const int64_t blocks = std::max((columns + most - 1) / most, (workers + experts - 1) / experts);
+    return std::max(RoundUp((columns + blocks - 1) / blocks, kMinColumns), kMinColumns);  // columns may be 0
+  }
   const int64_t halves = columns == product.N ? 1 : 2;
   const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileCells) / (halves * RoundUp(most_rows, 16));
   int64_t width = kMinColumns;
@@ -199,7 +206,7 @@ void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
             });
 
     const auto run_product = [&](const Product& product, int64_t columns, auto task) {
-      const int64_t width = TaskColumns(product, columns, segments, cache_bytes, workers);
+      const int64_t width = TaskColumns(product, p.weight_dtype, columns, segments, cache_bytes, workers);
       const int64_t blocks = RoundUp(columns, width) / width;
       ForEach(parallel, workers, static_cast<int64_t>(segments.size()) * blocks,
               [&](int64_t i, int64_t worker) {

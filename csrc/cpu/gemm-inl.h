@@ -65,9 +65,8 @@ constexpr int kAskEvery = Panel<T>::kGroup < 4 ? 4 / Panel<T>::kGroup : 1;
 
 // A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
 struct Range {
-  const float* a;     // row 0 of the rows, at the block's first k; rows are kKBlock apart
-  Panels panels;      // at the block's first k
-  int64_t row_bytes;  // of a plain weight that is read as it lies, from panels.data on
+  const float* a;  // row 0 of the rows, at the block's first k; rows are kKBlock apart
+  Panels panels;   // at the block's first k
   int64_t begin, end;
   // Antiquant only: of the range's group, by column, and the sum of a over the range, by row.
   const float* offset;
@@ -79,8 +78,8 @@ struct Range {
 };
 
 // kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are
-// unrolled by hand: GCC else leaves the sums in memory. kPlain reads the rows of a plain weight.
-template <typename T, Sums kSums, int kRows, int kVectors, bool kPlain = false>
+// unrolled by hand: GCC else leaves the sums in memory.
+template <typename T, Sums kSums, int kRows, int kVectors>
 void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
@@ -98,8 +97,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   };
   Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
     const int64_t k = range.begin / kGroup * kGroup, n = column + v * kLanes;
-    panels[v] = kPlain ? range.panels.data + k * range.row_bytes + n * static_cast<int64_t>(sizeof(T))
-                       : range.panels.At<T>(k, n);
+    panels[v] = range.panels.At<T>(k, n);
   });
   each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
     one = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
@@ -110,18 +108,8 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     Vector w[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
-      if constexpr (kPlain) {
-        // Rows are a page or more apart, where no hardware prefetcher looks. 1 KB of the tile's columns, as
-        // of panels, was best (Zen 3: 2 KB as fast; more rows at a time than these fall into the same cache
-        // sets when N is a power of two).
-        constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes;
-        constexpr int64_t kRowsAhead = 1024 / (kVectors * kBytes);
-        if (v * kBytes % 64 == 0) __builtin_prefetch(panels[v] + kRowsAhead * range.row_bytes);
-        panels[v] += range.row_bytes;
-      } else {
-        AskFor(panels[v]);
-        panels[v] += kGroupBytes<T>;
-      }
+      AskFor(panels[v]);
+      panels[v] += kGroupBytes<T>;
     });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
@@ -160,7 +148,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     k += kGroup;
   }
   for (; k + kTurn <= range.end; k += kTurn) {
-    if constexpr (!kPlain) ahead.Next();
+    ahead.Next();
     Unrolled<kAskEvery<T>>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
   for (; k < range.end; k += kGroup) step(k, 0, last());
@@ -256,17 +244,47 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
                     });
 }
 
-// A single row times a plain weight of whole panels as it lies: packing would read it and write it once more.
-// Its rows are read in runs of up to 64 columns.
-template <typename T>
-void MultiplyPlainRow(const Range& range, int64_t columns) {
-  constexpr int kVectors = 64 / kLanes < kRegisters / 2 ? 64 / kLanes : kRegisters / 2;
-  int64_t n = 0;
-  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
-    MultiplyTile<T, Sums::kFloat, 1, kVectors, true>(range, 0, n);
-  }
-  for (; n < columns; n += kPackedColumns) {
-    MultiplyTile<T, Sums::kFloat, 1, kPackedColumns / kLanes, true>(range, 0, n);
+// Few rows times a plain [K, N] weight as it lies: packing would read it and write it once more. Four of its
+// rows at a time, from end to end of a task's columns, are streams that the hardware's prefetchers follow,
+// and asking for what comes next only disturbs them (Zen 3: 17 GB/s of float32; 11 where a tile's columns
+// went by from row to row and were asked for). tile[kRows][columns] continues with rows [0, depth) of W,
+// `stride` elements apart.
+template <typename T, int kRows>
+void MultiplyPlainRows(const float* a, const T* from, int64_t stride, int64_t depth, int64_t columns,
+                       float* tile, int64_t tile_stride) {
+  constexpr int kLine = 64 / kLanes, kRoom = kRegisters / 2 / kRows;
+  constexpr int kVectors = kLine < kRoom ? kLine : kRoom;
+  constexpr int64_t kTurn = 4;  // 2 and 6 were slower
+  for (int64_t k = 0; k < depth; k += kTurn) {
+    const int64_t rows = depth - k < kTurn ? depth - k : kTurn;
+    const auto strip = [&](auto width, int64_t n, const auto& load) __attribute__((always_inline)) {
+      F32 sum[kRows][width];
+      const auto each = [&](const auto& use) __attribute__((always_inline)) {
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+          Unrolled<width>([&](auto v) __attribute__((always_inline)) {
+            use(sum[r][v], tile + r * tile_stride + n + v * kLanes);
+          });
+        });
+      };
+      each([](F32& one, const float* at) __attribute__((always_inline)) { one = Load<F32>(at); });
+      for (int64_t i = k; i < k + rows; ++i) {
+        F32 x[kRows];
+        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { x[r] = Set(a[r * kKBlock + i]); });
+        Unrolled<width>([&](auto v) __attribute__((always_inline)) {
+          const F32 w = load(from + i * stride + n + v * kLanes);
+          Unrolled<kRows>([&](auto r)
+                              __attribute__((always_inline)) { sum[r][v] = Fma(x[r], w, sum[r][v]); });
+        });
+      }
+      each([](F32 one, float* at) __attribute__((always_inline)) { Store(at, one); });
+    };
+    int64_t n = 0;
+    for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
+      strip(std::integral_constant<int, kVectors>(), n, [](const T* p) { return LoadFloats(p); });
+    }
+    for (; n < columns; n += kLanes) {
+      strip(std::integral_constant<int, 1>(), n, [&](const T* p) { return LoadFloats(p, columns - n); });
+    }
   }
 }
 
@@ -489,14 +507,15 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
       const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
-      if constexpr (kSums == Sums::kFloat && Panel<T>::kGroup == 1) {
-        if (rows == 1 && !weight.packed && weight.col_stride == 1 && strip.columns % kPackedColumns == 0) {
+      if constexpr (kSums == Sums::kFloat) {
+        if (ReadsPlainRows(weight, wave.problem->weight_dtype, left.left, rows)) {
           const T* const from = PlainAt<T>(weight, part.expert, part.k, part.column);
-          range.panels = {reinterpret_cast<const char*>(from), 0};
-          range.row_bytes = RowBytes<T>(weight);
-          range.begin = 0;
-          range.end = block_rows;
-          MultiplyPlainRow<T>(range, strip.columns);
+          Unrolled<kFewRows>([&](auto i) {
+            if (rows == i + 1) {
+              MultiplyPlainRows<T, i + 1>(range.a, from, weight.row_stride, block_rows, strip.columns,
+                                          range.tile, range.tile_stride);
+            }
+          });
           continue;
         }
       }

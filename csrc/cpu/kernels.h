@@ -26,6 +26,9 @@ constexpr int64_t kMaxRows = 512;
 // kMinColumns, whose panels stay near while the rows go by.
 constexpr int64_t kMinColumns = 64;
 constexpr int64_t kMaxColumns = 512;
+// Of a task that reads few rows' plain weight as it lies: by long runs, which the hardware's prefetchers
+// follow.
+constexpr int64_t kMaxPlainColumns = 4096;
 constexpr int64_t kTileCells = 1 << 17;  // of both halves of a GLU, kMaxRows * kMinColumns each at least
 constexpr int64_t kTilePadding = 16;     // behind each row of more than kMinColumns
 constexpr int64_t kTileSize = kTileCells + 2 * kMaxRows * kTilePadding;
@@ -55,6 +58,12 @@ constexpr bool IsFloat(Left left) { return left == Left::kFloat || left == Left:
 // Bytes of a column in a row of a left operand; fp16 as a sum has it twice.
 constexpr int64_t LeftBytes(Left left) {
   return IsFloat(left) || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
+}
+
+// Whether so many rows read a weight as it lies, row by row (MultiplyPlainRows in gemm-inl.h).
+constexpr bool ReadsPlainRows(const Weight& weight, DType dtype, Left left, int64_t rows) {
+  const bool is_float = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+  return is_float && !weight.packed && weight.col_stride == 1 && left == Left::kFloat && rows <= kFewRows;
 }
 
 constexpr int64_t kSlackBytes = 2048;  // 15 rows of a tile's 64 bytes, rounded up
@@ -99,9 +108,9 @@ struct alignas(64) TaskScratch {
   float group[kMaxRows * kMinColumns];  // sums of one antiquant group
   float packed[kPanelSize];             // panels of a plain weight, packed for this task
   float panel[kPanelSize];              // panels as float32, or as pairs of bf16
-  float bias[2][kMaxColumns];           // float32 or int32
-  float deq_scale[2][kMaxColumns];
-  float scale[kMaxColumns];
+  float bias[2][kMaxPlainColumns];      // float32 or int32
+  float deq_scale[2][kMaxPlainColumns];
+  float scale[kMaxPlainColumns];
   float antiquant_offset[kMaxColumns];
   float antiquant_scale[kMaxColumns];
   float sums[kKBlock / 32 * kMaxRows];  // of the left operand: by row, for each group of a block
