@@ -334,9 +334,8 @@ def publish(sources: list[Path], page: Path) -> list[Path]:
         "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
         "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
         "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
-        'compared through ours beside it, when the threads of both have slept. "ours is": its time over '
-        "ours. bar: what that is to be. error: root mean square, relative to that of the answer; the "
-        "peer's after the slash.",
+        'compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
+        "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]
     drawn = []
