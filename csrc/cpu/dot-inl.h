@@ -352,14 +352,15 @@ void MultiplyNibbles(const Product& product, const Segment& segment, const Colum
                                 strip,
                                 scratch->sums};
       const int64_t panel_columns = (strip + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
-      Unrolled<kFewRows>([&](auto i) {
-        if (left.rows != i + 1) return;
-        constexpr int kVectors = i == 0 ? 8 : i == 1 ? 4 : 2;  // there are twice as many sums as in a DotTile
+      WithFewRows(left.rows, [&](auto few) {
+        constexpr int kVectors = few == 1   ? 8
+                                 : few == 2 ? 4
+                                            : 2;  // there are twice as many sums as in a DotTile
         int64_t c = 0;
         for (; c + kVectors * kLanes <= panel_columns; c += kVectors * kLanes) {
-          ScaledTile<T, i + 1, kVectors>(range, groups, block, end, c);
+          ScaledTile<T, few, kVectors>(range, groups, block, end, c);
         }
-        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<T, i + 1, 2>(range, groups, block, end, c);
+        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<T, few, 2>(range, groups, block, end, c);
       });
     }
   }

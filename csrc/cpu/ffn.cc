@@ -113,8 +113,9 @@ int64_t TaskColumns(const Product& product, DType weight_dtype, int64_t columns,
     // As long runs of a row as there may be, each worker having a task, and sums that stay in the caches.
     const int64_t most = std::min(kMaxPlainColumns, 2 * kMaxPlainColumns / most_rows);
     const int64_t experts = static_cast<int64_t>(segments.size());
-    const int64_t blocks = std::max((columns + most - 1) / most, (workers + experts - 1) / experts);
-    return std::max(RoundUp((columns + blocks - 1) / blocks, kMinColumns), kMinColumns);  // columns may be 0
+    const int64_t blocks = std::max(RoundUp(columns, most) / most, RoundUp(workers, experts) / experts);
+    return std::max(RoundUp(RoundUp(columns, blocks) / blocks, kMinColumns),
+                    kMinColumns);  // columns may be 0
   }
   const int64_t halves = columns == product.N ? 1 : 2;
   const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileCells) / (halves * RoundUp(most_rows, 16));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multiplication: a tile of sums, float32 or int32, from rows of a and panels of W. Few rows read the
 // panels as they are stored and turn them into float32 on the way; more rows have them expanded first. Some
-// plain weights are read without panels. Used by ffn-inl.h; built on packed-inl.h.
+// plain weights are read without panels (plain-inl.h). Used by ffn-inl.h; built on packed-inl.h.
 //
 // What makes a row's bits independent of everything else: each sum is one chain of fused multiply-adds over
 // ascending k, begun at the tile and put back into it, whatever the tile's rows, the block of k, or the
@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
+#include "cpu/plain-inl.h"
 #include "cpu/vec-inl.h"
 
 namespace ffn::cpu {
@@ -244,103 +245,6 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
                     });
 }
 
-// Few rows times a plain [K, N] weight as it lies: packing would read it and write it once more. Four of its
-// rows at a time, from end to end of a task's columns, are streams that the hardware's prefetchers follow,
-// and asking for what comes next only disturbs them (Zen 3: 17 GB/s of float32; 11 where a tile's columns
-// went by from row to row and were asked for). tile[kRows][columns] continues with rows [0, depth) of W,
-// `stride` elements apart.
-template <typename T, int kRows>
-void MultiplyPlainRows(const float* a, const T* from, int64_t stride, int64_t depth, int64_t columns,
-                       float* tile, int64_t tile_stride) {
-  constexpr int kLine = 64 / kLanes, kRoom = kRegisters / 2 / kRows;
-  constexpr int kVectors = kLine < kRoom ? kLine : kRoom;
-  constexpr int64_t kTurn = 4;  // 2 and 6 were slower
-  for (int64_t k = 0; k < depth; k += kTurn) {
-    const int64_t rows = depth - k < kTurn ? depth - k : kTurn;
-    const auto strip = [&](auto width, int64_t n, const auto& load) __attribute__((always_inline)) {
-      F32 sum[kRows][width];
-      const auto each = [&](const auto& use) __attribute__((always_inline)) {
-        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-          Unrolled<width>([&](auto v) __attribute__((always_inline)) {
-            use(sum[r][v], tile + r * tile_stride + n + v * kLanes);
-          });
-        });
-      };
-      each([](F32& one, const float* at) __attribute__((always_inline)) { one = Load<F32>(at); });
-      for (int64_t i = k; i < k + rows; ++i) {
-        F32 x[kRows];
-        Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { x[r] = Set(a[r * kKBlock + i]); });
-        Unrolled<width>([&](auto v) __attribute__((always_inline)) {
-          const F32 w = load(from + i * stride + n + v * kLanes);
-          Unrolled<kRows>([&](auto r)
-                              __attribute__((always_inline)) { sum[r][v] = Fma(x[r], w, sum[r][v]); });
-        });
-      }
-      each([](F32 one, float* at) __attribute__((always_inline)) { Store(at, one); });
-    };
-    int64_t n = 0;
-    for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
-      strip(std::integral_constant<int, kVectors>(), n, [](const T* p) { return LoadFloats(p); });
-    }
-    for (; n < columns; n += kLanes) {
-      strip(std::integral_constant<int, 1>(), n, [&](const T* p) { return LoadFloats(p, columns - n); });
-    }
-  }
-}
-
-// Few rows read a transposed weight as it lies too: kLanes columns at a time, from end to end, since a column
-// is dense and the hardware's prefetchers follow it. Not with wider vectors, where it was never measured (Zen
-// 3: 1.5 to 2.4 times as fast as packing it).
-constexpr bool kReadsTransposed = kLanes <= 8;
-
-// tile[kRows][columns] continues with rows of the left operand from `row` times columns of W, which begins at
-// `from`, a column `stride` elements behind the other.
-template <typename T, int kRows>
-void MultiplyTransposed(const LeftRows& left, int64_t row, const T* from, int64_t stride, int64_t columns,
-                        float* tile, int64_t tile_stride) {
-  constexpr int kGroup = Panel<T>::kGroup;
-  constexpr int64_t kStep = kLanes * kGroup, kLine = 64 / static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kAhead = 512 / static_cast<int64_t>(sizeof(T));  // 1 KB was as fast
-  for (int64_t n = 0; n < columns; n += kLanes, from += kLanes * stride) {
-    const T* column[kLanes];  // beyond the last one, it again
-    Unrolled<kLanes>([&](auto j) { column[j] = from + (n + j < columns ? j : columns - n - 1) * stride; });
-    F32 sum[kRows];
-    Unrolled<kRows>([&](auto r) { sum[r] = Load<F32>(tile + r * tile_stride + n); });
-    // `count` of the kStep rows from k.
-    const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
-      F32 square[kLanes];
-      Unrolled<kLanes>([&](auto j) __attribute__((always_inline)) {
-        if constexpr (kGroup == 1) {
-          square[j] = LoadFloats(column[j] + k, count);
-        } else {
-          square[j] = Packer<T>::Words(column[j] + k, count);
-        }
-      });
-      Transpose(square);
-      const float* const a = reinterpret_cast<const float*>(left.At(row, k));
-      Unrolled<kLanes>([&](auto i) __attribute__((always_inline)) {
-        Unrolled<kGroup>([&](auto g) __attribute__((always_inline)) {
-          constexpr int kRow = i * kGroup + g;
-          if (kRow >= count) return;
-          F32 w = square[i];
-          if constexpr (kGroup > 1) w = Panel<T>::template Element<g>(Bits(w));
-          Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-            sum[r] = Fma(Set(a[r * kKBlock + kRow]), w, sum[r]);
-          });
-        });
-      });
-    };
-    int64_t k = 0;
-    for (; k + kLine <= left.K; k += kLine) {
-      const int64_t ask = k + kAhead + (k + kAhead < left.K ? 0 : kLanes * stride - left.K);
-      Unrolled<kLanes>([&](auto j) __attribute__((always_inline)) { __builtin_prefetch(column[j] + ask); });
-      Unrolled<kLine / kStep>([&](auto i) __attribute__((always_inline)) { step(k + i * kStep, kStep); });
-    }
-    for (; k < left.K; k += kStep) step(k, left.K - k < kStep ? left.K - k : kStep);
-    Unrolled<kRows>([&](auto r) { Store(tile + r * tile_stride + n, sum[r]); });
-  }
-}
-
 // The sum of `count` floats, in an order that `count` alone decides.
 inline float SumOf(const float* a, int64_t count) {
   F32 sum = {};
@@ -474,11 +378,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   if constexpr (kReadsTransposed && kSums == Sums::kFloat) {
     if (!weight.packed && weight.col_stride != 1 && rows <= kFewRows && IsFloat(left.left)) {
       const T* const from = PlainAt<T>(weight, segment.expert, 0, columns.column);
-      Unrolled<kFewRows>([&](auto i) {
-        if (rows == i + 1) {
-          MultiplyTransposed<T, i + 1>(left, row, from, weight.col_stride, columns.columns, tile,
-                                       TileStride(columns.columns));
-        }
+      WithFewRows(rows, [&](auto few) {
+        MultiplyTransposed<T, few>(left, row, from, weight.col_stride, columns.columns, tile,
+                                   TileStride(columns.columns));
       });
       return;
     }
@@ -510,11 +412,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       if constexpr (kSums == Sums::kFloat) {
         if (ReadsPlainRows(weight, wave.problem->weight_dtype, left.left, rows)) {
           const T* const from = PlainAt<T>(weight, part.expert, part.k, part.column);
-          Unrolled<kFewRows>([&](auto i) {
-            if (rows == i + 1) {
-              MultiplyPlainRows<T, i + 1>(range.a, from, weight.row_stride, block_rows, strip.columns,
-                                          range.tile, range.tile_stride);
-            }
+          WithFewRows(rows, [&](auto few) {
+            MultiplyPlainRows<T, few>(range.a, from, weight.row_stride, block_rows, strip.columns, range.tile,
+                                      range.tile_stride);
           });
           continue;
         }

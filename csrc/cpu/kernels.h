@@ -60,7 +60,7 @@ constexpr int64_t LeftBytes(Left left) {
   return IsFloat(left) || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
 }
 
-// Whether so many rows read a weight as it lies, row by row (MultiplyPlainRows in gemm-inl.h).
+// Whether so many rows read a weight as it lies, row by row (MultiplyPlainRows in plain-inl.h).
 constexpr bool ReadsPlainRows(const Weight& weight, DType dtype, Left left, int64_t rows) {
   const bool is_float = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
   return is_float && !weight.packed && weight.col_stride == 1 && left == Left::kFloat && rows <= kFewRows;

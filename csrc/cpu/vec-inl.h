@@ -440,7 +440,7 @@ using Words = const char*;
 inline Words LoadWords(const char* p) { return p; }
 template <typename Sum>
 inline U32 Weights(U32 w) {
-  return std::is_same_v<Sum, I32> && kWordOffset != 0 ? w ^ 0x80808080u : w;
+  return std::is_same_v<Sum, I32> ? w ^ 0x80808080u : w;
 }
 template <int kWord, typename Sum>
 inline Sum MultiplyWord(Sum sum, U32 w, Words x) {
