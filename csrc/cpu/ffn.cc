@@ -98,30 +98,28 @@ ScratchPlan PlanScratch(const Problem& p, const ParallelFor& parallel, const Ker
 // At least, where there are columns enough: who is through with its tasks waits for the others.
 constexpr int64_t kTasksPerWorker = 8;
 
-// Columns of a task: as many as the cache has room for their sums, but enough tasks for the workers. Bits do
-// not depend on it (gemm-inl.h).
-int64_t TaskColumns(const Product& product, DType weight_dtype, int64_t columns,
-                    const std::vector<Segment>& segments, int64_t cache_bytes, int64_t workers) {
+// Columns of a task of a segment, one of `segments`: as many as the cache has room for their sums, but enough
+// tasks for the workers. Bits do not depend on it (gemm-inl.h).
+int64_t TaskColumns(const Product& product, DType weight_dtype, int64_t columns, const Segment& segment,
+                    int64_t segments, int64_t cache_bytes, int64_t workers) {
   // The right half of a GLU may begin inside a panel, which must fit the tile too.
   if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   const Weight& weight = *product.weight;
-  int64_t most_rows = 0;
-  for (const Segment& segment : segments) most_rows = std::max(most_rows, segment.rows);
   // A transposed weight is contiguous along K, so few rows gain nothing from wide tasks.
-  if (!weight.packed && weight.col_stride != 1 && most_rows <= kFewRows) return kMinColumns;
-  if (ReadsPlainRows(weight, weight_dtype, segments.front().left, most_rows)) {
+  if (!weight.packed && weight.col_stride != 1 && segment.rows <= kFewRows) return kMinColumns;
+  if (ReadsPlainRows(weight, weight_dtype, segment.left, segment.rows)) {
     // As long runs of a row as there may be, each worker having a task, and sums that stay in the caches.
-    const int64_t most = std::min(kMaxPlainColumns, 2 * kMaxPlainColumns / most_rows);
-    const int64_t experts = static_cast<int64_t>(segments.size());
-    const int64_t blocks = std::max(RoundUp(columns, most) / most, RoundUp(workers, experts) / experts);
+    const int64_t most = std::min(kMaxPlainColumns, 2 * kMaxPlainColumns / segment.rows);
+    const int64_t blocks = std::max(RoundUp(columns, most) / most, RoundUp(workers, segments) / segments);
     return std::max(RoundUp(RoundUp(columns, blocks) / blocks, kMinColumns),
                     kMinColumns);  // columns may be 0
   }
   const int64_t halves = columns == product.N ? 1 : 2;
-  const int64_t most = std::min<int64_t>(cache_bytes / 4 / 4, kTileCells) / (halves * RoundUp(most_rows, 16));
+  const int64_t most =
+      std::min<int64_t>(cache_bytes / 4 / 4, kTileCells) / (halves * RoundUp(segment.rows, 16));
   int64_t width = kMinColumns;
   while (2 * width <= std::min(most, kMaxColumns) &&
-         static_cast<int64_t>(segments.size()) * columns >= kTasksPerWorker * workers * 2 * width) {
+         segments * columns >= kTasksPerWorker * workers * 2 * width) {
     width *= 2;
   }
   return width;
@@ -138,7 +136,8 @@ int64_t SegmentRows(int64_t most, int64_t narrowest, int64_t workers) {
   return rows;
 }
 
-bool Begins(int64_t row, const Segment& segment) { return row < segment.row; }
+bool BeforeRows(int64_t row, const Segment& segment) { return row < segment.row; }
+bool BeforeTasks(int64_t task, const Segment& segment) { return task < segment.first_task; }
 
 // The end of a wave that begins at `first` and has `wave_rows` rows at most. An expert whose rows it would
 // cut is left to the next wave where that saves reading its weights once. `expert` owns row `first`. Bits do
@@ -192,7 +191,7 @@ void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
       const int64_t expert_rows = p.call_rows != nullptr
                                       ? p.call_rows[expert]
                                       : p.row_ends[expert] - (expert > 0 ? p.row_ends[expert - 1] : 0);
-      segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, expert_rows)});
+      segments.push_back({expert, row - wave.first_row, rows, kernels.left_of(p, expert_rows), 0, 0});
       row += rows;
     }
 
@@ -200,21 +199,25 @@ void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
     ForEach(parallel, wave.rows * p.K1 < kWorkPerWorker ? 1 : workers,
             RoundUp(wave.rows, kRowsPerTask) / kRowsPerTask, [&](int64_t i, int64_t) {
               const int64_t first = i * kRowsPerTask, last = std::min(first + kRowsPerTask, wave.rows);
-              auto segment = std::upper_bound(segments.begin(), segments.end(), first, Begins) - 1;
+              auto segment = std::upper_bound(segments.begin(), segments.end(), first, BeforeRows) - 1;
               for (int64_t row = first; row < last; row = segment++->End()) {
                 kernels.load_rows(wave, *segment, row - segment->row, std::min(last, segment->End()) - row);
               }
             });
 
     const auto run_product = [&](const Product& product, int64_t columns, auto task) {
-      const int64_t width = TaskColumns(product, p.weight_dtype, columns, segments, cache_bytes, workers);
-      const int64_t blocks = RoundUp(columns, width) / width;
-      ForEach(parallel, workers, static_cast<int64_t>(segments.size()) * blocks,
-              [&](int64_t i, int64_t worker) {
-                const int64_t column = i % blocks * width;
-                task(wave, segments[static_cast<size_t>(i / blocks)], column,
-                     std::min(width, columns - column), scratch + worker);
-              });
+      int64_t tasks = 0;
+      for (Segment& segment : segments) {
+        segment.first_task = tasks;
+        segment.task_columns = TaskColumns(product, p.weight_dtype, columns, segment,
+                                           static_cast<int64_t>(segments.size()), cache_bytes, workers);
+        tasks += RoundUp(columns, segment.task_columns) / segment.task_columns;
+      }
+      ForEach(parallel, workers, tasks, [&](int64_t i, int64_t worker) {
+        const Segment& segment = *(std::upper_bound(segments.begin(), segments.end(), i, BeforeTasks) - 1);
+        const int64_t column = (i - segment.first_task) * segment.task_columns;
+        task(wave, segment, column, std::min(segment.task_columns, columns - column), scratch + worker);
+      });
     };
     if (both) run_product(wave.first, p.K2, kernels.first_product);
     run_product(wave.second, p.N2, kernels.second_product);

@@ -337,36 +337,6 @@ Left FloatLeftOf(const Problem& problem, int64_t rows) {
   return antiquant && rows < FewestRows(problem.weight_dtype) ? Left::kFloatExact : Left::kFloat;
 }
 
-// Rows [begin, end) of panels, which belong to one group, into panels of float32 as (w + offset) scale; those
-// have `rows` rows.
-template <typename T>
-void ExpandScaled(const Panels& from, int64_t begin, int64_t end, int64_t rows, int64_t columns,
-                  const TaskScratch& scratch, float* to) {
-  using Layout = Panel<T>;
-  constexpr int kGroup = Layout::kGroup, kVectors = kPackedColumns / kLanes;
-  for (int64_t n = 0; n < columns; n += kPackedColumns, to += rows * kPackedColumns) {
-    F32 offset[kVectors], scale[kVectors];
-    Unrolled<kVectors>([&](auto v) {
-      offset[v] = Load<F32>(scratch.antiquant_offset + n + v * kLanes);
-      scale[v] = Load<F32>(scratch.antiquant_scale + n + v * kLanes);
-    });
-    for (int64_t k = begin / kGroup * kGroup; k < end; k += kGroup) {
-      const char* const panel = from.At<T>(k, n);
-      const bool whole = k >= begin && k + kGroup <= end;
-      AskFor(panel);
-      if constexpr (kGroupBytes<T> > 64) AskFor(panel + 64);
-      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        const auto vector = Load<typename Layout::Vector>(panel + v * kLanes * kUnitBytes<T>);
-        Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
-          if (!whole && (k + i < begin || k + i >= end)) return;
-          Store(to + (k + i) * kPackedColumns + v * kLanes,
-                (Layout::template Element<i>(vector) + offset[v]) * scale[v]);
-        });
-      });
-    }
-  }
-}
-
 // tile[rows][TileStride(columns)] += rows [row, row + rows) of the segment times the columns.
 template <typename T, Sums kSums>
 void MultiplyRows(const Wave& wave, const Product& product, const Segment& segment, int64_t row, int64_t rows,
@@ -438,7 +408,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           for (int64_t begin = 0, end = 0; begin < block_rows; begin = end) {
             end = LoadGroup(wave, product, segment.expert, block + begin, strip, scratch) - block;
             end = end < block_rows ? end : block_rows;
-            ExpandScaled<T>(panels, begin, end, expanded_rows, strip.columns, *scratch, scratch->panel);
+            Expand<T, true>(panels, begin, end, expanded_rows, strip.columns, *scratch, scratch->panel);
           }
           range.begin = 0;
           range.end = block_rows;
@@ -446,7 +416,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           MultiplyRange<float, Sums::kFloat, kManyRows>(range, rows, strip.columns);
           continue;
         }
-        Expand<T>(panels, block_rows, strip.columns, scratch->panel);
+        Expand<T, false>(panels, 0, block_rows, expanded_rows, strip.columns, *scratch, scratch->panel);
       }
       for (range.begin = 0; range.begin < block_rows; range.begin = range.end) {
         const int64_t group_end =

@@ -92,6 +92,7 @@ struct Wave {
 struct Segment {
   int64_t expert, row, rows;
   Left left;
+  int64_t first_task, task_columns;  // of the product at hand: the driver's
 
   int64_t End() const { return row + rows; }
 };

@@ -286,22 +286,33 @@ void PackColumns(const Weight& from, DType dtype, int64_t K, const Block& block,
   });
 }
 
-// Rows [0, rows) of columns [0, columns) of panels into panels of float32.
-template <typename T>
-inline void Expand(const Panels& from, int64_t rows, int64_t columns, float* to) {
+// Rows [begin, end) of panels into panels of float32, which have `rows` rows; kScales: as (w + offset) scale,
+// by the group of rows that these belong to.
+template <typename T, bool kScales>
+void Expand(const Panels& from, int64_t begin, int64_t end, int64_t rows, int64_t columns,
+            const TaskScratch& scratch, float* to) {
   using Layout = Panel<T>;
-  const int64_t groups = (rows + Layout::kGroup - 1) / Layout::kGroup;
-  for (int64_t n = 0; n < columns; n += kPackedColumns) {
-    const char* panel = from.At<T>(0, n);
-    for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes<T>) {
+  constexpr int kGroup = Layout::kGroup, kVectors = kPackedColumns / kLanes;
+  for (int64_t n = 0; n < columns; n += kPackedColumns, to += rows * kPackedColumns) {
+    F32 offset[kVectors], scale[kVectors];
+    Unrolled<kScales ? kVectors : 0>([&](auto v) {
+      offset[v] = Load<F32>(scratch.antiquant_offset + n + v * kLanes);
+      scale[v] = Load<F32>(scratch.antiquant_scale + n + v * kLanes);
+    });
+    for (int64_t k = begin / kGroup * kGroup; k < end; k += kGroup) {
+      const char* const panel = from.At<T>(k, n);
+      const bool whole = k >= begin && k + kGroup <= end;
       AskFor(panel);
       if constexpr (kGroupBytes<T> > 64) AskFor(panel + 64);
-      for (int64_t c = 0; c < kPackedColumns; c += kLanes) {
-        const auto vector = Load<typename Layout::Vector>(panel + c * kUnitBytes<T>);
-        float* const row = to + (n / kPackedColumns * groups + g) * Layout::kGroup * kPackedColumns + c;
-        Unrolled<Layout::kGroup>(
-            [&](auto i) { Store(row + i * kPackedColumns, Layout::template Element<i>(vector)); });
-      }
+      Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        const auto vector = Load<typename Layout::Vector>(panel + v * kLanes * kUnitBytes<T>);
+        Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
+          if (!whole && (k + i < begin || k + i >= end)) return;
+          F32 element = Layout::template Element<i>(vector);
+          if constexpr (kScales) element = (element + offset[v]) * scale[v];
+          Store(to + (k + i) * kPackedColumns + v * kLanes, element);
+        });
+      });
     }
   }
 }
