@@ -300,6 +300,7 @@ def main(
     if publish_from:
         return publish(publish_from)
     from rich.console import Console
+    from rich.live import Live
     from rich.table import Table
 
     chosen = [model for model in MODELS if not models or model.name in models]
@@ -316,10 +317,12 @@ def main(
     before = machine.probe(threads)
     for model in chosen:
         table = Table(*HEADINGS, title=f"{model.name}: {model.E} of {model.of} experts")
-        for cell in measure_model(model, before):
-            results["cells"].append(cell)
-            table.add_row(*(line(cell) if "skipped" not in cell else [cell["dtype"], cell["skipped"]]))
-        console.print(table)
+        # On a terminal a row at a time, drawn between samples: a thread that redraws would disturb them.
+        with Live(table, console=console, auto_refresh=False) as live:
+            for cell in measure_model(model, before):
+                results["cells"].append(cell)
+                table.add_row(*(line(cell) if "skipped" not in cell else [cell["dtype"], cell["skipped"]]))
+                live.refresh()
     after = machine.probe(threads)
     results |= {"limits": {"before": before, "after": after}, "drift": machine.drift(before, after)}
     if out is not None:

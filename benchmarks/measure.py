@@ -66,7 +66,14 @@ def interleaved(
     rest: bool = False,
 ) -> dict[str, Figure]:
     """One sample of each call in every round, until each has ENOUGH clean ones or the time is over: `seconds`
-    for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next."""
+    for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next.
+
+    Every other round goes backwards, but ends with the same call, so that none follows itself. What one call
+    leaves behind (memory to free, say) would else always meet the same other one, and leave that one no clean
+    samples.
+    """
+    names = list(calls)
+    orders = names, names[-2::-1] + names[-1:]
     prepare = Start(start, rest)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     dropped = dict.fromkeys(calls, 0)
@@ -76,11 +83,11 @@ def interleaved(
         over = time.perf_counter() > end
         if fewest >= ENOUGH or (over and (fewest >= CLEAN or round >= MAX_ROUNDS)):
             break
-        for name, call in calls.items():
+        for name in orders[round % 2]:
             enter(name)
             prepare()
             before, begin = switches(), time.perf_counter()
-            call()
+            calls[name]()
             elapsed = time.perf_counter() - begin
             if switches() - before > max(MAX_SWITCHES, elapsed / SWITCH_SECONDS):
                 dropped[name] += 1

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +200,15 @@ def test_a_figure_needs_five_clean_samples() -> None:
     assert measure.summarize([1.0, 2.0, 3.0, 4.0, 5.0], 0) == measure.Figure(3.0, (2.0, 4.0), 5, 0)
 
 
-def test_calls_are_measured_in_turn() -> None:
+def test_calls_are_measured_in_turn_and_none_behind_itself() -> None:
     order: list[str] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     measure.interleaved(calls, "warm", 0, switches=lambda: 0)
-    assert order == ["a", "b"] * (len(order) // 2) and len(order) >= 2 * measure.CLEAN
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) >= measure.CLEAN and rounds == (["abc", "bac"] * len(rounds))[: len(rounds)]
+    assert all(one != following for one, following in pairwise(order))
+    behind = {pair for pair in pairwise(order) if pair[1] == "c"}
+    assert behind == {("b", "c"), ("a", "c")}
 
 
 @pytest.mark.parametrize("mode", [mode.name for mode in contract.MODES] + ["w8a16:32", "w4a16_bf16:32"])
