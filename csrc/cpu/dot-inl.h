@@ -45,7 +45,7 @@ struct DotRange {
 
 // The sums of kRows rows times kVectors vectors of columns, and where their operands are. Loops over rows and
 // vectors are unrolled by hand: GCC else leaves the sums in memory. kPlanes of the left operand are
-// multiplied by turns. kPlain reads the rows of a plain weight instead of panels.
+// multiplied by turns. kPlain reads rows of a plain weight instead of panels.
 template <typename T, int kRows, int kVectors, int kPlanes = 1, bool kPlain = false>
 struct DotSums {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
@@ -103,16 +103,20 @@ struct DotSums {
   inline __attribute__((always_inline)) void AddSteps(int64_t steps, int64_t a_step) {
     for (int64_t s = 0; s < steps; ++s, a += a_step) {
       for (int64_t word = 0; word < kStepWords; word += kWords) {
-        if constexpr (!kPlain) ahead.Next();
-        Words x[kPlanes][kHeld];
-        Unrolled<kPlanes>([&](auto p) {
-          const char* const plane = a + p * plane_bytes + word * 4;
-          Unrolled<kHeld>(
-              [&](auto r) { x[p][r] = r < kRows ? LoadWords(plane + r * kTileRowBytes) : Words{}; });
-        });
-        AddWords(x);
+        ahead.Next();
+        AddTurn(word);
       }
     }
+  }
+
+  // kWords words of each row, from one of this step.
+  inline __attribute__((always_inline)) void AddTurn(int64_t word) {
+    Words x[kPlanes][kHeld];
+    Unrolled<kPlanes>([&](auto p) {
+      const char* const plane = a + p * plane_bytes + word * 4;
+      Unrolled<kHeld>([&](auto r) { x[p][r] = r < kRows ? LoadWords(plane + r * kTileRowBytes) : Words{}; });
+    });
+    AddWords(x);
   }
 
  private:
@@ -128,13 +132,7 @@ struct DotSums {
   inline __attribute__((always_inline)) U32 Next(int v) {
     const char* const from = panels[v];
     if constexpr (kPlain) {
-      // The strip is narrow and its next row a page or more away, where no hardware prefetcher looks (16 to
-      // 64 rows were measured, 32 was best for all strides).
-      constexpr int64_t kRowsAhead = 32;
       constexpr int kGroup = Panel<T>::kGroup;
-      if (v * kLanes * static_cast<int>(sizeof(T)) % 64 == 0) {
-        for (int64_t i = 0; i < kGroup; ++i) __builtin_prefetch(from + (kRowsAhead + i) * row_bytes, 0, 2);
-      }
       panels[v] += kGroup * row_bytes;
       return GroupBits(reinterpret_cast<const T*>(from), row_bytes / static_cast<int64_t>(sizeof(T)), kGroup,
                        kLanes);
@@ -209,7 +207,11 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
     Unrolled<kVectors>([&](auto v) { sums.sum[kRows][v] = Sum{}; });
   }
   sums.ExchangePairs();
-  sums.AddSteps(range.steps, range.a_step);
+  if constexpr (kPlain) {
+    sums.AddTurn(0);
+  } else {
+    sums.AddSteps(range.steps, range.a_step);
+  }
   sums.ExchangePairs();
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { Store(at(r, v), one); });
 }
@@ -247,31 +249,27 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
   });
 }
 
-// Likewise, of a plain weight: what a single tile of rows reads once needs no packing. Whole steps of whole
-// panels.
+// Likewise, of a plain weight as it lies: what a single tile of rows reads once needs no packing. A turn's
+// rows of W are read from end to end of the columns, as in MultiplyPlainRows. Whole steps of whole panels.
 template <typename T>
 constexpr bool kReadsPlain = kMultiplies<T> && (std::is_same_v<T, BFloat> || std::is_same_v<T, int8_t>);
-inline bool ReadsPlain(const Weight& weight, const LeftRows& left, const Block& block) {
-  return !weight.packed && weight.col_stride == 1 && left.rows <= kDotRows &&
-         block.rows % BlockColumns(left.left) == 0 && block.columns % kPackedColumns == 0;
-}
 
 template <typename T>
-void MultiplyPlain(const char* a, const LeftRows& left, const Weight& weight, const Block& block, float* c,
-                   int64_t stride) {
+void MultiplyPlain(const LeftRows& left, const Weight& weight, const Block& block, float* c, int64_t stride) {
   const T* const from = PlainAt<T>(weight, block.expert, block.k, block.column);
-  const DotRange range = {a,
-                          left.rows * kTileRowBytes,
-                          block.rows / BlockColumns(left.left),
-                          {reinterpret_cast<const char*>(from), 0},
-                          c,
-                          stride,
-                          {},
-                          0,
-                          RowBytes<T>(weight)};
-  ForEachTile<kDotRows>(left.rows, block.columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    DotTile<T, rows, vectors, 1, true>(range, row, column);
-  });
+  const int64_t step = BlockColumns(left.left), turn = step * kWords / kStepWords;
+  DotRange range = {};
+  range.tile = c;
+  range.tile_stride = stride;
+  range.row_bytes = RowBytes<T>(weight);
+  for (int64_t k = 0; k < block.rows; k += turn) {
+    range.a = left.At(0, block.k + k / step * step) + k % step / turn * kWords * 4;
+    range.panels.data = reinterpret_cast<const char*>(from) + k * range.row_bytes;
+    ForEachTile<kDotRows>(left.rows, block.columns,
+                          [&](auto rows, auto vectors, int64_t row, int64_t column) {
+                            DotTile<T, rows, vectors, 1, true>(range, row, column);
+                          });
+  }
 }
 
 #if FFN_DOT_BF16 && defined(FFN_AVX512)

@@ -84,6 +84,16 @@ constexpr auto LeftOf = FloatLeftOf;
 constexpr auto MultiplyNarrow = Multiply;
 #endif
 
+bool ReadsPlainRows(const Weight& weight, DType dtype, const Segment& segment) {
+#if FFN_DOT
+  const bool narrow = dtype == DType::kBFloat16 ? kReadsPlain<BFloat> && segment.left == Left::kBf16
+                                                : dtype == DType::kInt8 && (segment.left == Left::kInt8 ||
+                                                                            segment.left == Left::kInt16);
+  if (narrow && !weight.packed && weight.col_stride == 1 && segment.rows <= kFewRows) return true;
+#endif
+  return FloatsReadPlain(weight, dtype, segment.left, segment.rows);
+}
+
 inline void MultiplySegment(const Wave& wave, const Product& product, const Segment& segment,
                             const Columns& columns, float* tile, TaskScratch* scratch) {
   (IsFloat(segment.left) ? Multiply : MultiplyNarrow)(wave, product, segment, columns, tile, scratch);

@@ -100,14 +100,14 @@ constexpr int64_t kTasksPerWorker = 8;
 
 // Columns of a task of a segment, one of `segments`: as many as the cache has room for their sums, but enough
 // tasks for the workers. Bits do not depend on it (gemm-inl.h).
-int64_t TaskColumns(const Product& product, DType weight_dtype, int64_t columns, const Segment& segment,
+int64_t TaskColumns(const Product& product, int64_t columns, const Segment& segment, bool reads_plain_rows,
                     int64_t segments, int64_t cache_bytes, int64_t workers) {
   // The right half of a GLU may begin inside a panel, which must fit the tile too.
   if (columns != product.N && columns % kPackedColumns != 0) return kPackedColumns;
   const Weight& weight = *product.weight;
   // A transposed weight is contiguous along K, so few rows gain nothing from wide tasks.
   if (!weight.packed && weight.col_stride != 1 && segment.rows <= kFewRows) return kMinColumns;
-  if (ReadsPlainRows(weight, weight_dtype, segment.left, segment.rows)) {
+  if (reads_plain_rows) {
     // As long runs of a row as there may be, each worker having a task, and sums that stay in the caches.
     const int64_t most = std::min(kMaxPlainColumns, 2 * kMaxPlainColumns / segment.rows);
     const int64_t blocks = std::max(RoundUp(columns, most) / most, RoundUp(workers, segments) / segments);
@@ -209,7 +209,8 @@ void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
       int64_t tasks = 0;
       for (Segment& segment : segments) {
         segment.first_task = tasks;
-        segment.task_columns = TaskColumns(product, p.weight_dtype, columns, segment,
+        segment.task_columns = TaskColumns(product, columns, segment,
+                                           kernels.reads_plain_rows(*product.weight, p.weight_dtype, segment),
                                            static_cast<int64_t>(segments.size()), cache_bytes, workers);
         tasks += RoundUp(columns, segment.task_columns) / segment.task_columns;
       }

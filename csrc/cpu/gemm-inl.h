@@ -380,7 +380,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       range.tile = tile + n;
       const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
       if constexpr (kSums == Sums::kFloat) {
-        if (ReadsPlainRows(weight, wave.problem->weight_dtype, left.left, rows)) {
+        if (FloatsReadPlain(weight, wave.problem->weight_dtype, left.left, rows)) {
           const T* const from = PlainAt<T>(weight, part.expert, part.k, part.column);
           WithFewRows(rows, [&](auto few) {
             MultiplyPlainRows<T, few>(range.a, from, weight.row_stride, block_rows, strip.columns, range.tile,

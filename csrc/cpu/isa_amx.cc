@@ -6,6 +6,7 @@
 namespace ffn::cpu {
 
 static_assert(kLanes == 16, "isa_amx.cc is compiled without the flags of isa_avx512.cc");
-const Kernels kAmxKernels = {"amx", LeftOf, LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
+const Kernels kAmxKernels = {"amx",        LeftOf,        ReadsPlainRows, LoadRows,
+                             FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

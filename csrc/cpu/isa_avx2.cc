@@ -5,6 +5,7 @@
 namespace ffn::cpu {
 
 static_assert(kLanes == 8, "isa_avx2.cc is compiled without -mavx2 -mfma -mf16c");
-const Kernels kAvx2Kernels = {"avx2", LeftOf, LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
+const Kernels kAvx2Kernels = {"avx2",       LeftOf,        ReadsPlainRows, LoadRows,
+                              FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

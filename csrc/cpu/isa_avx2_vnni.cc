@@ -8,7 +8,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kAvx2VnniKernels = {"avx2_vnni",   LeftOf,      LoadRows, FirstProduct,
-                                  SecondProduct, PackColumns, Combine};
+const Kernels kAvx2VnniKernels = {"avx2_vnni",  LeftOf,        ReadsPlainRows, LoadRows,
+                                  FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

@@ -5,7 +5,7 @@
 namespace ffn::cpu {
 
 static_assert(kLanes == 16, "isa_avx512.cc is compiled without -mavx512f -mavx512bw -mavx512vl -mavx512dq");
-const Kernels kAvx512Kernels = {"avx512",      LeftOf,      LoadRows, FirstProduct,
-                                SecondProduct, PackColumns, Combine};
+const Kernels kAvx512Kernels = {"avx512",     LeftOf,        ReadsPlainRows, LoadRows,
+                                FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

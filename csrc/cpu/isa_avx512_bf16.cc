@@ -8,7 +8,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kAvx512Bf16Kernels = {"avx512_bf16", LeftOf,      LoadRows, FirstProduct,
-                                    SecondProduct, PackColumns, Combine};
+const Kernels kAvx512Bf16Kernels = {"avx512_bf16", LeftOf,        ReadsPlainRows, LoadRows,
+                                    FirstProduct,  SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

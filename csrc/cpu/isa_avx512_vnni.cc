@@ -8,7 +8,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", LeftOf,      LoadRows, FirstProduct,
-                                    SecondProduct, PackColumns, Combine};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", LeftOf,        ReadsPlainRows, LoadRows,
+                                    FirstProduct,  SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

@@ -4,7 +4,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kGenericKernels = {"generic",     LeftOf,      LoadRows, FirstProduct,
-                                 SecondProduct, PackColumns, Combine};
+const Kernels kGenericKernels = {"generic",    LeftOf,        ReadsPlainRows, LoadRows,
+                                 FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

@@ -9,6 +9,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kNeonKernels = {"neon", LeftOf, LoadRows, FirstProduct, SecondProduct, PackColumns, Combine};
+const Kernels kNeonKernels = {"neon",       LeftOf,        ReadsPlainRows, LoadRows,
+                              FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

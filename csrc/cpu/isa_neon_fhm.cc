@@ -9,7 +9,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kNeonFhmKernels = {"neon_fhm",    LeftOf,      LoadRows, FirstProduct,
-                                 SecondProduct, PackColumns, Combine};
+const Kernels kNeonFhmKernels = {"neon_fhm",   LeftOf,        ReadsPlainRows, LoadRows,
+                                 FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

@@ -9,7 +9,7 @@
 
 namespace ffn::cpu {
 
-const Kernels kNeonI8mmKernels = {"neon_i8mm",   LeftOf,      LoadRows, FirstProduct,
-                                  SecondProduct, PackColumns, Combine};
+const Kernels kNeonI8mmKernels = {"neon_i8mm",  LeftOf,        ReadsPlainRows, LoadRows,
+                                  FirstProduct, SecondProduct, PackColumns,    Combine};
 
 }  // namespace ffn::cpu

@@ -60,12 +60,6 @@ constexpr int64_t LeftBytes(Left left) {
   return IsFloat(left) || left == Left::kSplit ? 4 : left == Left::kInt8 ? 1 : 2;
 }
 
-// Whether so many rows read a weight as it lies, row by row (MultiplyPlainRows in plain-inl.h).
-constexpr bool ReadsPlainRows(const Weight& weight, DType dtype, Left left, int64_t rows) {
-  const bool is_float = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-  return is_float && !weight.packed && weight.col_stride == 1 && left == Left::kFloat && rows <= kFewRows;
-}
-
 constexpr int64_t kSlackBytes = 2048;  // 15 rows of a tile's 64 bytes, rounded up
 
 // One of the two products: a [rows, K] times the weight of an expert [K, N].
@@ -133,6 +127,8 @@ struct Kernels {
   const char* name;
   // How the segments of an expert that has `rows` rows in this call store their left operands.
   Left (*left_of)(const Problem& problem, int64_t rows);
+  // Whether a segment reads a weight as it lies, row by row, so that a task's columns should be many.
+  bool (*reads_plain_rows)(const Weight& weight, DType dtype, const Segment& segment);
   // Rows [row, row + rows) of a segment, from x into the first product's left operand.
   void (*load_rows)(const Wave& wave, const Segment& segment, int64_t row, int64_t rows);
   void (*first_product)(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,

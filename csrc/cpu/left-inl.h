@@ -47,9 +47,7 @@ struct LeftRows {
     if (IsFloat(left)) return Store(at, value);
     if (left == Left::kBf16 || left == Left::kBf16Exact) return StoreAs(reinterpret_cast<BFloat*>(at), value);
     if (left == Left::kFp16) return StoreAs(reinterpret_cast<Half*>(at), value);
-    if (left == Left::kInt8) {
-      return Store(at, __builtin_convertvector(__builtin_convertvector(value, I32), I8));
-    }
+    if (left == Left::kInt8) return StoreBytes(at, __builtin_convertvector(value, I32));
     if (left == Left::kInt16) {
       value = InPairs(value, std::make_integer_sequence<int, kLanes>());
       return Store(at, __builtin_convertvector(__builtin_convertvector(value, I32), I16));

@@ -160,7 +160,16 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
     if (scales_sums) SumPieces(left, block, block + rows, group_rows, scratch);
-    for (int64_t n = 0; n < columns.columns; n += width) {
+    int64_t n = 0;
+#if FFN_DOT
+    if constexpr (kReadsPlain<T>) {
+      if (as_it_is && !weight.packed && weight.col_stride == 1 && left.rows <= kDotRows && rows % step == 0) {
+        n = columns.columns / kPackedColumns * kPackedColumns;
+        MultiplyPlain<T>(left, weight, {segment.expert, block, rows, columns.column, n}, tile, stride);
+      }
+    }
+#endif
+    for (; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       if (!weight.packed && rows % step != 0) {
         __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));  // up to a whole step
@@ -168,14 +177,6 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       const Block part = {segment.expert, block, rows, strip.column, strip.columns};
       const char* const a = left.At(0, block);
       float* const to = tile + n;
-#if FFN_DOT
-      if constexpr (kReadsPlain<T>) {
-        if (as_it_is && ReadsPlain(weight, left, part)) {
-          MultiplyPlain<T>(a, left, weight, part, to, stride);
-          continue;
-        }
-      }
-#endif
       const Panels panels = PanelsOf<T>(weight, product.K, part, kKBlock, scratch);
       char* const high = reinterpret_cast<char*>(scratch->panel);
       char* const rest = high + sizeof(scratch->panel) / 2;

@@ -56,7 +56,7 @@ struct Panel<int8_t> {
   static inline F32 Element(Vector v) {
     return IntToFloat((I32)(v << (24 - 8 * kRow)) >> 24);
   }
-  static inline U32 RawBits(const int8_t* row) { return __builtin_convertvector(Load<U8>(row), U32); }
+  static inline U32 RawBits(const int8_t* row) { return LoadBytes(row); }
 };
 
 template <>

@@ -20,6 +20,12 @@ inline void WithFewRows(int64_t rows, const Use& use) {
   });
 }
 
+// Whether so many rows of float32 read a weight as it lies, row by row.
+inline bool FloatsReadPlain(const Weight& weight, DType dtype, Left left, int64_t rows) {
+  const bool is_float = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+  return is_float && !weight.packed && weight.col_stride == 1 && left == Left::kFloat && rows <= kFewRows;
+}
+
 // Four rows of a [K, N] weight at a time, from end to end of a task's columns, are streams that the
 // hardware's prefetchers follow, and asking for what comes next only disturbs them (Zen 3: 17 GB/s of
 // float32; 11 where a tile's columns went by from row to row and were asked for). tile[kRows][columns]

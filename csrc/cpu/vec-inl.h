@@ -233,11 +233,32 @@ inline F32 LoadFloats(const BFloat* p) {
   return FromBits(__builtin_convertvector(Load<U16>(p), U32) << 16);
 #endif
 }
+// GCC 12 converts vectors of bytes element by element, though there are instructions.
 inline F32 LoadFloats(const int8_t* p) {
-#if defined(FFN_AVX512)  // likewise
+#if defined(FFN_AVX512)
   return IntToFloat((I32)_mm512_maskz_cvtepi8_epi32(kAllLanes, Load<__m128i>(p)));
+#elif defined(FFN_AVX2)
+  return IntToFloat((I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
   return IntToFloat(__builtin_convertvector(Load<I8>(p), I32));
+#endif
+}
+// kLanes bytes, each in the low bits of its lane.
+inline U32 LoadBytes(const int8_t* p) {
+#if defined(FFN_AVX512)
+  return (U32)_mm512_maskz_cvtepu8_epi32(kAllLanes, Load<__m128i>(p));
+#elif defined(FFN_AVX2)
+  return (U32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(Load<U8>(p), U32);
+#endif
+}
+// The low bits of each lane.
+inline void StoreBytes(void* p, I32 v) {
+#if defined(FFN_AVX512)
+  Store(p, _mm512_maskz_cvtepi32_epi8(kAllLanes, (__m512i)v));
+#else
+  Store(p, __builtin_convertvector(v, I8));
 #endif
 }
 // kLanes int4 elements, each in the low bits of its lane.
