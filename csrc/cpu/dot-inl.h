@@ -137,7 +137,7 @@ struct DotSums {
       return GroupBits(reinterpret_cast<const T*>(from), row_bytes / static_cast<int64_t>(sizeof(T)), kGroup,
                        kLanes);
     } else {
-      if (v * kLanes * 4 % 64 == 0) AskFor(from);
+      if (kVectors <= 4 && v * kLanes * 4 % 64 == 0) AskFor(from);
       panels[v] += kPackedColumns * 4;
       return Load<U32>(from);
     }
@@ -233,14 +233,15 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
     if (left.rows <= kFewRows) {
       constexpr int64_t kRun = 2;  // steps; 1 and 8 were about as fast
       const int64_t step = BlockColumns(left.left);
-      ForEachWholePanel(left.rows, columns, 0, steps, kRun,
-                        [&](auto rows, int64_t row, int64_t column, int64_t begin, int64_t end) {
-                          DotRange run = range;
-                          run.a += begin * range.a_step;
-                          run.panels.data = panels.At<T>(begin * step, 0);
-                          run.steps = end - begin;
-                          DotTile<T, rows, 4, kPlanes, false>(run, row, column);
-                        });
+      ForEachWholePanel(
+          left.rows, columns, 0, steps, kRun,
+          [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
+            DotRange run = range;
+            run.a += begin * range.a_step;
+            run.panels.data = panels.At<T>(begin * step, 0);
+            run.steps = end - begin;
+            DotTile<T, rows, vectors, kPlanes, false>(run, row, column);
+          });
       return;
     }
   }

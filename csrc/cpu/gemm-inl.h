@@ -109,7 +109,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     Vector w[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
-      AskFor(panels[v]);
+      if constexpr (kVectors <= 4) AskFor(panels[v]);  // more are ForEachWholePanel's
       panels[v] += kGroupBytes<T>;
     });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
@@ -215,19 +215,25 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
 
 // Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
 // half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So up to kManyRows rows have tiles as wide
-// as a panel, of up to three rows, which take turns every `run` of its steps along k. Calls
-// use(kRows, row, column, begin, end) for each.
+// as a panel, of up to three rows, which take turns every `run` of its steps along k. A row alone has two
+// panels at once, for which the hardware's prefetchers do best by themselves (20 GB/s of float32 and 17 of
+// bf16, where one panel that is asked for is read at 15). Calls use(kRows, kVectors, row, column, begin, end)
+// for each.
 constexpr bool kReadsWholePanels = 4 * kLanes == kPackedColumns;
 template <typename Use>
 inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
                               const Use& use) {
   constexpr int kMost = kManyRows / 2;
   if (rows <= kMost) run = end - begin;
-  for (int64_t n = 0; n < columns; n += kPackedColumns) {
+  int64_t n = 0;
+  for (; rows == 1 && n + kPackedColumns < columns; n += 2 * kPackedColumns) {
+    use(std::integral_constant<int, 1>(), std::integral_constant<int, 8>(), 0, n, begin, end);
+  }
+  for (; n < columns; n += kPackedColumns) {
     for (int64_t first = begin; first < end; first += run) {
       const int64_t last = end - first < run ? end : first + run;
       ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
-        use(tile_rows, row, n, first, last);
+        use(tile_rows, std::integral_constant<int, 4>(), row, n, first, last);
       });
     }
   }
@@ -236,13 +242,14 @@ inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int6
 template <typename T>
 void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
   constexpr int64_t kRun = 32;  // rows of W; 16 and 64 were about as fast
-  ForEachWholePanel(rows, columns, range.begin, range.end, kRun,
-                    [&](auto tile_rows, int64_t row, int64_t column, int64_t begin, int64_t end) {
-                      Range run = range;
-                      run.begin = begin;
-                      run.end = end;
-                      MultiplyTile<T, Sums::kFloat, tile_rows, 4>(run, row, column);
-                    });
+  ForEachWholePanel(
+      rows, columns, range.begin, range.end, kRun,
+      [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
+        Range run = range;
+        run.begin = begin;
+        run.end = end;
+        MultiplyTile<T, Sums::kFloat, tile_rows, vectors>(run, row, column);
+      });
 }
 
 // The sum of `count` floats, in an order that `count` alone decides.
@@ -337,20 +344,30 @@ Left FloatLeftOf(const Problem& problem, int64_t rows) {
   return antiquant && rows < FewestRows(problem.weight_dtype) ? Left::kFloatExact : Left::kFloat;
 }
 
-// tile[rows][TileStride(columns)] += rows [row, row + rows) of the segment times the columns.
+// tile[rows][stride] += rows [row, row + rows) of the segment times the columns.
 template <typename T, Sums kSums>
 void MultiplyRows(const Wave& wave, const Product& product, const Segment& segment, int64_t row, int64_t rows,
-                  const Columns& columns, float* tile, TaskScratch* scratch) {
+                  const Columns& columns, float* tile, int64_t stride, TaskScratch* scratch) {
   constexpr bool kExpands = !std::is_same_v<T, float>;
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
+  if constexpr (kReadsWholePanels && kSums == Sums::kFloat) {
+    // A row alone reads its two panels (ForEachWholePanel) from end to end, not block by block.
+    constexpr int64_t kBoth = 2 * kPackedColumns;
+    if (weight.packed && rows == 1 && columns.columns > kBoth) {
+      for (int64_t n = 0; n < columns.columns; n += kBoth) {
+        const Columns both = {columns.column + n, columns.columns - n < kBoth ? columns.columns - n : kBoth};
+        MultiplyRows<T, kSums>(wave, product, segment, row, 1, both, tile + n, stride, scratch);
+      }
+      return;
+    }
+  }
   if constexpr (kReadsTransposed && kSums == Sums::kFloat) {
     if (!weight.packed && weight.col_stride != 1 && rows <= kFewRows && IsFloat(left.left)) {
       const T* const from = PlainAt<T>(weight, segment.expert, 0, columns.column);
       WithFewRows(rows, [&](auto few) {
-        MultiplyTransposed<T, few>(left, row, from, weight.col_stride, columns.columns, tile,
-                                   TileStride(columns.columns));
+        MultiplyTransposed<T, few>(left, row, from, weight.col_stride, columns.columns, tile, stride);
       });
       return;
     }
@@ -366,7 +383,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   range.offset = scratch->antiquant_offset;
   range.scale = scratch->antiquant_scale;
   range.sums = scratch->sums;
-  range.tile_stride = TileStride(columns.columns);
+  range.tile_stride = stride;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
     if (IsFloat(left.left)) {
@@ -470,7 +487,8 @@ void Repeat(const Wave& wave, const Product& product, const Segment& segment, co
     if (!Overflowed(row, columns.columns)) continue;
     float* const again = scratch->group;
     Clear(wave, columns, 1, again);
-    MultiplyRows<T, kSums>(wave, product, segment, r, 1, columns, again, scratch);
+    MultiplyRows<T, kSums>(wave, product, segment, r, 1, columns, again, TileStride(columns.columns),
+                           scratch);
     for (int64_t n = 0; n < columns.columns; n += kLanes) {
       const U32 sums = Load<U32>(row + n);
       Store(row + n, (sums & kInfBits) == kInfBits ? Load<U32>(again + n) : sums);
@@ -489,18 +507,22 @@ inline void Multiply(const Wave& wave, const Product& product, const Segment& se
     if constexpr (!kInteger) {
       // Where there are instructions for bf16 or int8, LeftOf (ffn-inl.h) never asks for float32 instead.
       if constexpr (!kMultipliesBf16 || !std::is_same_v<T, BFloat>) {
-        MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+        MultiplyRows<T, Sums::kFloat>(wave, product, segment, 0, segment.rows, columns, tile,
+                                      TileStride(columns.columns), scratch);
       }
     } else if (!antiquant) {
       if constexpr (!kMultipliesInt8) {
-        MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+        MultiplyRows<int8_t, Sums::kInt>(wave, product, segment, 0, segment.rows, columns, tile,
+                                         TileStride(columns.columns), scratch);
       }
     } else {
       if (segment.left == Left::kFloat) {
-        MultiplyRows<T, Sums::kExact>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+        MultiplyRows<T, Sums::kExact>(wave, product, segment, 0, segment.rows, columns, tile,
+                                      TileStride(columns.columns), scratch);
         return;
       }
-      MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile, scratch);
+      MultiplyRows<T, Sums::kScaled>(wave, product, segment, 0, segment.rows, columns, tile,
+                                     TileStride(columns.columns), scratch);
       // Scaling after the sum overflows where a single product need not, and makes NaN of an infinite x.
       Repeat<T, Sums::kExact>(wave, product, segment, columns, tile, scratch);
     }
