@@ -137,7 +137,7 @@ struct DotSums {
       return GroupBits(reinterpret_cast<const T*>(from), row_bytes / static_cast<int64_t>(sizeof(T)), kGroup,
                        kLanes);
     } else {
-      if (kVectors <= 4 && v * kLanes * 4 % 64 == 0) AskFor(from);
+      if (kAsksFor<kVectors> && v * kLanes * 4 % 64 == 0) AskFor(from);
       panels[v] += kPackedColumns * 4;
       return Load<U32>(from);
     }
@@ -250,21 +250,29 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
   });
 }
 
-// Likewise, of a plain weight as it lies: what a single tile of rows reads once needs no packing. A turn's
-// rows of W are read from end to end of the columns, as in MultiplyPlainRows. Whole steps of whole panels.
+// Whether a plain weight is multiplied as it lies: what a single tile of rows reads once needs no packing.
 template <typename T>
 constexpr bool kReadsPlain = kMultiplies<T> && (std::is_same_v<T, BFloat> || std::is_same_v<T, int8_t>);
+template <typename T>
+inline bool ReadsPlain(const Weight& weight, Left left) {
+  constexpr Left kAsItIs = std::is_same_v<T, BFloat> ? Left::kBf16
+                           : kMultipliesInt16        ? Left::kInt16
+                                                     : Left::kInt8;
+  return kReadsPlain<T> && LiesByRows(weight) && left == kAsItIs;
+}
 
+// As MultiplyPlane, of a plain weight: a turn's rows of W are read from end to end of the columns, as in
+// MultiplyPlainRows. Whole steps of whole panels.
 template <typename T>
 void MultiplyPlain(const LeftRows& left, const Weight& weight, const Block& block, float* c, int64_t stride) {
   const T* const from = PlainAt<T>(weight, block.expert, block.k, block.column);
-  const int64_t step = BlockColumns(left.left), turn = step * kWords / kStepWords;
+  const int64_t turn = BlockColumns(left.left) * kWords / kStepWords;
   DotRange range = {};
   range.tile = c;
   range.tile_stride = stride;
   range.row_bytes = RowBytes<T>(weight);
   for (int64_t k = 0; k < block.rows; k += turn) {
-    range.a = left.At(0, block.k + k / step * step) + k % step / turn * kWords * 4;
+    range.a = left.At(0, block.k + k);
     range.panels.data = reinterpret_cast<const char*>(from) + k * range.row_bytes;
     ForEachTile<kDotRows>(left.rows, block.columns,
                           [&](auto rows, auto vectors, int64_t row, int64_t column) {

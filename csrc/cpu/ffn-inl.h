@@ -85,11 +85,10 @@ constexpr auto MultiplyNarrow = Multiply;
 #endif
 
 bool ReadsPlainRows(const Weight& weight, DType dtype, const Segment& segment) {
+  if (segment.rows > kFewRows) return false;
 #if FFN_DOT
-  const bool narrow = dtype == DType::kBFloat16 ? kReadsPlain<BFloat> && segment.left == Left::kBf16
-                                                : dtype == DType::kInt8 && (segment.left == Left::kInt8 ||
-                                                                            segment.left == Left::kInt16);
-  if (narrow && !weight.packed && weight.col_stride == 1 && segment.rows <= kFewRows) return true;
+  if (dtype == DType::kBFloat16 && ReadsPlain<BFloat>(weight, segment.left)) return true;
+  if (dtype == DType::kInt8 && ReadsPlain<int8_t>(weight, segment.left)) return true;
 #endif
   return FloatsReadPlain(weight, dtype, segment.left, segment.rows);
 }

@@ -78,6 +78,13 @@ struct Range {
   Ahead ahead;
 };
 
+constexpr int kPanelVectors = kPackedColumns / kLanes;
+// Whether few rows have tiles as wide as a panel, or as two, which then do not ask for what comes next
+// (ForEachWholePanel).
+constexpr bool kReadsWholePanels = kPanelVectors == 4;
+template <int kVectors>
+constexpr bool kAsksFor = !kReadsWholePanels || kVectors <= kPanelVectors;
+
 // kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are
 // unrolled by hand: GCC else leaves the sums in memory.
 template <typename T, Sums kSums, int kRows, int kVectors>
@@ -109,7 +116,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
     Vector w[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       w[v] = Load<Vector>(panels[v]);
-      if constexpr (kVectors <= 4) AskFor(panels[v]);  // more are ForEachWholePanel's
+      if constexpr (kAsksFor<kVectors>) AskFor(panels[v]);
       panels[v] += kGroupBytes<T>;
     });
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
@@ -219,7 +226,6 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
 // panels at once, for which the hardware's prefetchers do best by themselves (20 GB/s of float32 and 17 of
 // bf16, where one panel that is asked for is read at 15). Calls use(kRows, kVectors, row, column, begin, end)
 // for each.
-constexpr bool kReadsWholePanels = 4 * kLanes == kPackedColumns;
 template <typename Use>
 inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
                               const Use& use) {
@@ -227,13 +233,13 @@ inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int6
   if (rows <= kMost) run = end - begin;
   int64_t n = 0;
   for (; rows == 1 && n + kPackedColumns < columns; n += 2 * kPackedColumns) {
-    use(std::integral_constant<int, 1>(), std::integral_constant<int, 8>(), 0, n, begin, end);
+    use(std::integral_constant<int, 1>(), std::integral_constant<int, 2 * kPanelVectors>(), 0, n, begin, end);
   }
   for (; n < columns; n += kPackedColumns) {
     for (int64_t first = begin; first < end; first += run) {
       const int64_t last = end - first < run ? end : first + run;
       ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
-        use(tile_rows, std::integral_constant<int, 4>(), row, n, first, last);
+        use(tile_rows, std::integral_constant<int, kPanelVectors>(), row, n, first, last);
       });
     }
   }

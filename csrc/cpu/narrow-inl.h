@@ -163,7 +163,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
     int64_t n = 0;
 #if FFN_DOT
     if constexpr (kReadsPlain<T>) {
-      if (as_it_is && !weight.packed && weight.col_stride == 1 && left.rows <= kDotRows && rows % step == 0) {
+      if (ReadsPlain<T>(weight, left.left) && left.rows <= kDotRows && rows % step == 0) {
         n = columns.columns / kPackedColumns * kPackedColumns;
         MultiplyPlain<T>(left, weight, {segment.expert, block, rows, columns.column, n}, tile, stride);
       }

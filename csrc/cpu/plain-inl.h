@@ -20,10 +20,13 @@ inline void WithFewRows(int64_t rows, const Use& use) {
   });
 }
 
+// Whether a weight lies row by row, [K, N].
+inline bool LiesByRows(const Weight& weight) { return !weight.packed && weight.col_stride == 1; }
+
 // Whether so many rows of float32 read a weight as it lies, row by row.
 inline bool FloatsReadPlain(const Weight& weight, DType dtype, Left left, int64_t rows) {
   const bool is_float = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-  return is_float && !weight.packed && weight.col_stride == 1 && left == Left::kFloat && rows <= kFewRows;
+  return is_float && LiesByRows(weight) && left == Left::kFloat && rows <= kFewRows;
 }
 
 // Four rows of a [K, N] weight at a time, from end to end of a task's columns, are streams that the
