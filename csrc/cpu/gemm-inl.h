@@ -79,8 +79,8 @@ struct Range {
 };
 
 constexpr int kPanelVectors = kPackedColumns / kLanes;
-// Whether few rows have tiles as wide as a panel, or as two, which then do not ask for what comes next
-// (ForEachWholePanel).
+// Whether few rows have tiles as wide as a panel (ForEachWholePanel), or as two, which then do not ask for
+// what comes next (ForEachPair).
 constexpr bool kReadsWholePanels = kPanelVectors == 4;
 template <int kVectors>
 constexpr bool kAsksFor = !kReadsWholePanels || kVectors <= kPanelVectors;
@@ -220,22 +220,33 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
   });
 }
 
+// A row alone reads two panels at once, for which the hardware's prefetchers do best by themselves (20 GB/s
+// of float32 and 17 of bf16, where one panel that is asked for is read at 15; Zen 3). Calls use(kVectors,
+// column) for each tile.
+template <typename Use>
+inline void ForEachPair(int64_t columns, const Use& use) {
+  int64_t n = 0;
+  for (; n + kPackedColumns < columns; n += 2 * kPackedColumns) {
+    use(std::integral_constant<int, 2 * kPanelVectors>(), n);
+  }
+  if (n < columns) use(std::integral_constant<int, kPanelVectors>(), n);
+}
+
 // Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
 // half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So up to kManyRows rows have tiles as wide
-// as a panel, of up to three rows, which take turns every `run` of its steps along k. A row alone has two
-// panels at once, for which the hardware's prefetchers do best by themselves (20 GB/s of float32 and 17 of
-// bf16, where one panel that is asked for is read at 15). Calls use(kRows, kVectors, row, column, begin, end)
-// for each.
+// as a panel, of up to three rows, which take turns every `run` of its steps along k, and a row alone has
+// pairs of panels. Calls use(kRows, kVectors, row, column, begin, end) for each.
 template <typename Use>
 inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
                               const Use& use) {
   constexpr int kMost = kManyRows / 2;
-  if (rows <= kMost) run = end - begin;
-  int64_t n = 0;
-  for (; rows == 1 && n + kPackedColumns < columns; n += 2 * kPackedColumns) {
-    use(std::integral_constant<int, 1>(), std::integral_constant<int, 2 * kPanelVectors>(), 0, n, begin, end);
+  if (rows == 1) {
+    return ForEachPair(columns, [&](auto vectors, int64_t column) {
+      use(std::integral_constant<int, 1>(), vectors, 0, column, begin, end);
+    });
   }
-  for (; n < columns; n += kPackedColumns) {
+  if (rows <= kMost) run = end - begin;
+  for (int64_t n = 0; n < columns; n += kPackedColumns) {
     for (int64_t first = begin; first < end; first += run) {
       const int64_t last = end - first < run ? end : first + run;
       ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
@@ -298,6 +309,8 @@ struct Columns {
   int64_t column, columns;
 };
 
+constexpr int64_t kScaleBytes = 2;  // of an antiquant scale or offset, fp16 or bf16
+
 // Offsets and scales of the group of rows that k belongs to; returns the group's last row + 1.
 inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t expert, int64_t k,
                          const Columns& columns, TaskScratch* scratch) {
@@ -308,7 +321,14 @@ inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t exper
   const DType dtype = wave.problem->x_dtype;
   LoadRow(dtype, channels.antiquant_offset, index, columns.columns, scratch->antiquant_offset);
   LoadRow(dtype, channels.antiquant_scale, index, columns.columns, scratch->antiquant_scale);
-  return (k / rows + 1) * rows;
+  const int64_t end = (k / rows + 1) * rows;
+  if (end < product.K) {  // the next group's are N further, where no hardware prefetcher looks
+    for (int64_t n = index + product.N; n < index + product.N + columns.columns; n += 64 / kScaleBytes) {
+      __builtin_prefetch(static_cast<const char*>(channels.antiquant_offset) + n * kScaleBytes);
+      __builtin_prefetch(static_cast<const char*>(channels.antiquant_scale) + n * kScaleBytes);
+    }
+  }
+  return end;
 }
 
 // The part of a weight that is `below` rows below and `beside` columns beside `block`, whose panels these
@@ -358,8 +378,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
-  if constexpr (kReadsWholePanels && kSums == Sums::kFloat) {
-    // A row alone reads its two panels (ForEachWholePanel) from end to end, not block by block.
+  constexpr bool kReadsPairs = kReadsWholePanels && (kSums == Sums::kFloat || kSums == Sums::kScaled);
+  if constexpr (kReadsPairs) {
+    // A row alone reads its two panels (ForEachPair) from end to end, not block by block.
     constexpr int64_t kBoth = 2 * kPackedColumns;
     if (weight.packed && rows == 1 && columns.columns > kBoth) {
       for (int64_t n = 0; n < columns.columns; n += kBoth) {
@@ -455,6 +476,10 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           MultiplyRange<T, kSums, 1>(range, rows, strip.columns);
         } else if (kWhole && rows <= kManyRows) {
           if constexpr (kWhole) MultiplyWholePanels<T>(range, rows, strip.columns);
+        } else if (kReadsPairs && rows == 1) {
+          ForEachPair(strip.columns, [&](auto vectors, int64_t column) {
+            if constexpr (kReadsPairs) MultiplyTile<T, kSums, 1, vectors>(range, 0, column);
+          });
         } else if (expanded || !kExpands) {
           MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
         } else if constexpr (!kWhole) {
