@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-all test-asan test-aarch64 test-cpu test-npu npu-check bench bench-quick lint build clean
 
 demo: build
-	.venv/bin/python -m ffn_ops demo
+	.venv/bin/python -u -m ffn_ops demo
 
 test: test-npu test-cpu
 

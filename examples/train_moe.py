@@ -8,8 +8,8 @@ The text is the documentation that comes with Python: pydoc's topics and the sta
 tests/test_train_moe.py runs the first steps.
 """
 
+import argparse
 import ast
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +123,9 @@ def train(
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("steps", nargs="?", type=int, default=200, help="200 unless given")
+    steps = parser.parse_args().steps
     found, seconds = [], []
     for name, moe in (("plain PyTorch", PlainMoE), ("ffn_ops.MoE", MoE)):
         start = time.perf_counter()

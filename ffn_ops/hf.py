@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ffn_ops.contract import ContractError
 from ffn_ops.moe import combine, permute
 from ffn_ops.op import operand_bias
-from ffn_ops.packing import prepack, unpack
+from ffn_ops.packing import FLOATS, prepack, unpack
 
 NAME = "ffn_ops"
 _INSTALL = "pip install 'ffn-ops[hf]'"
@@ -46,7 +46,6 @@ except (ImportError, KeyError) as error:
         f"it is in 5.7 to 5.23 ({_INSTALL}; {error!r})"
     ) from error
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # The decorator's flags that a later version has, with their defaults: experts with another value do what we
 # know nothing of.
 _UNKNOWN_FLAGS = {
@@ -99,7 +98,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     names = _names(self)
     up, down = (getattr(self, name) for name in names)
     _check(self, hidden_states, top_k_index, top_k_weights, up, down)
-    if top_k_weights.dtype not in _FLOATS:
+    if top_k_weights.dtype not in FLOATS:
         top_k_weights = top_k_weights.float()
     biases: list[Any] = [getattr(self, f"{name}_bias") for name in names] if self.has_bias else [None, None]
     weight1, weight2 = _operand(self, up), _operand(self, down)
@@ -162,7 +161,7 @@ def _why_eager(experts: Any, dtype: torch.dtype) -> str | None:
         weight = getattr(experts, name, None)
         if weight is None:
             return f"it has no {name}"
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             return (
                 f"its {name} is {weight.dtype}, but the operators take float32, float16 or bfloat16 (cast it)"
             )
@@ -319,7 +318,7 @@ class PackedWeight(Tensor):
     def _read_only(self, what: str) -> str:
         return (
             f"{self.label} is packed, and {what}, but packed weights are for inference only "
-            "(use a model without pack_, or load_state_dict, which packs again)"
+            "(train a model without pack_; new values come in by load_state_dict, which packs them)"
         )
 
     def _converted(self, device: torch.device | None, dtype: torch.dtype | None) -> "PackedWeight":
@@ -329,7 +328,7 @@ class PackedWeight(Tensor):
                 "(move the model first, and pack_ models on the CPU only)"
             )
         dtype = dtype or self.dtype
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise ContractError(
                 f"{self.label} is packed, but it was to become {dtype}, and the operators take float32, "
                 "float16 or bfloat16 (cast to one of these)"
@@ -361,6 +360,13 @@ class PackedWeight(Tensor):
         raise ContractError(
             f"{self.label} is packed, and has no address (read its .unpacked(), or its .block)"
         )
+
+    def _no_values(self, *arguments: Any) -> Any:
+        raise ContractError(
+            f"{self.label} is packed, and has no values to read or write one by one (read its .unpacked())"
+        )
+
+    apply_ = map_ = map2_ = numpy = tolist = _no_values  # type: ignore[assignment]
 
     def __dlpack__(self, **options: Any) -> Any:
         raise ContractError(f"{self.label} is packed, and DLPack cannot hand it on (hand on its .unpacked())")

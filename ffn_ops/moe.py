@@ -5,6 +5,7 @@ torch.ops.ffn.moe is the last three in one operator; permute and combine are for
 activations for a backward pass, and activations that it does not know. docs/moe.md has the picture.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from ffn_ops import contract
 from ffn_ops.activation import GATES, activate
 from ffn_ops.contract import ContractError
-from ffn_ops.op import broken_ids, check_moe, operand_bias
-from ffn_ops.packing import Packable, is_packed, packed_float
+from ffn_ops.op import broken_ids, check_moe, holds_values, operand_bias
+from ffn_ops.packing import FLOATS, Packable, is_packed, packed_float
 
 ROUTERS = ("softmax", "topk_softmax", "sigmoid", "top1")
 CLAMPED_SWIGLU = "swiglu_clamped"
@@ -50,9 +51,14 @@ def route(
     the top_k largest logits (GPT-OSS); "sigmoid", whose choice adds correction_bias [E] and is limited to the
     topk_group best of n_group groups of experts, each as good as its two best (DeepSeek-V3); "top1", softmax
     with top_k = 1 (Switch). renormalize makes the weights of a token add up to 1 (softmax, sigmoid); scaling
-    multiplies them. All in float32. Raises ContractError for NaN logits on the CPU; a device's are not read.
+    multiplies them. All in float32. Raises ContractError on the CPU for logits that no weight follows from,
+    NaN and, before a softmax, an infinity as a token's largest; a device's are not read.
     """
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
+        what = f"have shape {[]}" if isinstance(logits, Tensor) else f"are a {type(logits).__name__}"
+        raise ContractError(f"logits {what}, but they must be a tensor [..., E] (pass the router's output)")
     _check_routing(logits.shape[-1], top_k, router, n_group, topk_group)
+    _check_number("scaling", scaling)
     if not logits.is_floating_point():
         raise ContractError(
             f"logits are {logits.dtype}, but a router gives floating-point ones (cast them, or pass logits "
@@ -62,11 +68,13 @@ def route(
         raise ContractError(
             f"correction_bias is given, but router {router} has none (leave it out, or use sigmoid)"
         )
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(logits.isnan().any()):
-        row = int(logits.isnan().any(-1).nonzero()[0, 0])
+    if correction_bias is not None and correction_bias.shape != logits.shape[-1:]:
         raise ContractError(
-            f"logits hold NaN for token {row}, but no expert can be chosen by it (look at the router's input)"
+            f"correction_bias has shape {list(correction_bias.shape)}, but it must be [E] = "
+            f"{list(logits.shape[-1:])} (give each expert one number)"
         )
+    if not torch.compiler.is_compiling() and holds_values(logits):
+        _check_values(logits, correction_bias, router)
     if logits.device.type == "npu" and not logits.requires_grad and router != "sigmoid":
         import torch_npu
 
@@ -133,6 +141,7 @@ def load_statistics(topk_ids: Tensor, E: int) -> Load:
             f"topk_ids is {kind}, but it must be an int64 or int32 tensor (pass the ids of a Routing)"
         )
     ids = topk_ids.reshape(-1)
+    _check_size("E", E, 1)
     broken = broken_ids(ids)
     if broken:
         raise ContractError(broken)
@@ -201,11 +210,12 @@ class MoE(Packable):
             ("num_experts", num_experts, 1),
             ("shared_experts", shared_experts, 0),
         ):
-            if not isinstance(size, int) or size < least:
-                raise ContractError(
-                    f"{name} is {size!r}, but it must be a whole number from {least} (choose a size)"
-                )
-        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            _check_size(name, size, least)
+        for name, number in (("scaling", scaling), ("alpha", alpha), ("limit", limit)):
+            _check_number(name, number)
+        if limit < 0:
+            raise ContractError(f"limit is {limit}, but it must be 0 or more (it bounds both sides)")
+        if dtype is not None and dtype not in FLOATS:
             raise ContractError(
                 f"dtype is {dtype!r}, but it must be torch.float32, torch.float16 or torch.bfloat16 (choose "
                 "one)"
@@ -259,10 +269,17 @@ class MoE(Packable):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size], in the parameters' dtype; returns its shape and dtype."""
+        if not isinstance(x, Tensor):
+            raise ContractError(f"x is a {type(x).__name__}, but this MoE takes a tensor (pass one)")
         if x.shape[-1:] != (self.hidden_size,):
             raise ContractError(
                 f"x has shape {tuple(x.shape)}, but this MoE takes a last dimension of hidden_size = "
                 f"{self.hidden_size} (check which block it replaces)"
+            )
+        if x.dtype != self.gate.weight.dtype and not _is_autocast(x):
+            raise ContractError(
+                f"x is {x.dtype} and the parameters are {self.gate.weight.dtype}, but a MoE takes x in their "
+                "dtype (cast one of them, or use torch.autocast)"
             )
         tokens = x.reshape(-1, self.hidden_size)
         y = self.experts(tokens, *self.route(tokens))
@@ -278,7 +295,7 @@ class MoE(Packable):
         return y.reshape(x.shape)
 
     def experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The routed part alone, for tokens x [M, hidden_size] and ids and weights [M, top_k]: ids from
+        """The routed part alone, for tokens x [..., hidden_size] and ids and weights [..., top_k]: ids from
         num_experts on are skipped. Raises RuntimeError for what torch.ops.ffn.moe refuses."""
         x, weight1, weight2, *biases = _autocast(x, self.weight1, self.weight2, self.bias1, self.bias2)
         bias1, bias2 = map(operand_bias, biases)
@@ -291,9 +308,18 @@ class MoE(Packable):
             "swiglu" if self.activation == CLAMPED_SWIGLU else self.activation, x=x, topk_ids=topk_ids,
             topk_weights=topk_weights, weight1=weight1, weight2=weight2, bias1=bias1, bias2=bias2,
         )  # fmt: skip
-        rows, expert_tokens, order = permute(x, topk_ids, self.num_experts)
+        ids, weights = topk_ids.flatten(0, -2), topk_weights.flatten(0, -2)
+        rows, expert_tokens, order = permute(x.flatten(0, -2), ids, self.num_experts)
         rows = self._unfused(rows, expert_tokens, weight1, weight2, bias1, bias2)
-        return combine(rows, topk_weights, order)
+        return combine(rows, weights, order).reshape(x.shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
+        exact = self.correction_bias
+        super()._apply(fn, recurse)
+        moved = self.correction_bias
+        if exact is not None and moved is not None and moved.dtype != exact.dtype:
+            self.correction_bias = exact.to(moved.device)  # rounded it would choose other experts
+        return self
 
     def _fuses(self, *inputs: Tensor) -> bool:
         """Whether one operator computes a block: when it knows the activation, and nothing is to be kept."""
@@ -315,21 +341,55 @@ class MoE(Packable):
 
     def extra_repr(self) -> str:
         text = (
-            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
-            f"activation={self.activation}, router={self.router}"
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation}, "
+            f"router={self.router}"
         )
         return text + (", packed" if self.weight1.dim() == 1 else "")
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def _autocast(x: Tensor, *weights: Any) -> tuple[Any, ...]:
     """Under autocast x and weights in its dtype, as for F.linear; packed ones stay, and x gets theirs."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast(x):
         return x, *weights
     if is_packed(weights[0]):
         return x.to(packed_float(weights[0])), *weights
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)
+
+
+def _check_size(name: str, size: Any, least: int) -> None:
+    if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) or size < least:
+        raise ContractError(f"{name} is {size!r}, but it must be an int from {least} (choose one)")
+
+
+def _check_number(name: str, number: Any) -> None:
+    if not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise ContractError(f"{name} is {number!r}, but it must be a finite number (choose one)")
+
+
+def _check_values(logits: Tensor, correction_bias: Tensor | None, router: str) -> None:
+    if correction_bias is not None and not bool(correction_bias.isfinite().all()):
+        expert = int((~correction_bias.isfinite()).nonzero()[0, 0])
+        raise ContractError(
+            f"correction_bias holds {float(correction_bias[expert])} for expert {expert}, but it must be "
+            "finite (look at what it was loaded from)"
+        )
+    if logits.numel() == 0:
+        return
+    largest = logits.detach().amax(-1).flatten()
+    broken = largest.isnan() if router == "sigmoid" else ~largest.isfinite()
+    if bool(broken.any()):
+        row = int(broken.nonzero()[0, 0])
+        value = "NaN" if bool(largest[row].isnan()) else f"{float(largest[row])} as the largest"
+        raise ContractError(
+            f"logits hold {value} for token {row}, but no expert can be chosen by it (look at the router's "
+            "input)"
+        )
 
 
 def _check_routing(E: int, top_k: int, router: str, n_group: int, topk_group: int) -> None:
@@ -337,13 +397,15 @@ def _check_routing(E: int, top_k: int, router: str, n_group: int, topk_group: in
         raise ContractError(
             f"router is {router!r}, but it must be one of {', '.join(ROUTERS)} (name one of them)"
         )
-    if not 1 <= top_k <= E:
+    for name, size in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        _check_size(name, size, 1)
+    if top_k > E:
         raise ContractError(f"top_k is {top_k}, but it must be from 1 to the {E} experts (choose fewer)")
     if router == "top1" and top_k != 1:
         raise ContractError(
             f"top_k is {top_k}, but router top1 has one expert a token (pass top_k=1, or softmax)"
         )
-    if n_group < 1 or E % n_group or not 1 <= topk_group <= n_group:
+    if E % n_group or topk_group > n_group:
         raise ContractError(
             f"n_group is {n_group} and topk_group {topk_group}, but n_group must divide the {E} experts "
             "evenly and topk_group be from 1 to n_group (choose others)"

@@ -202,5 +202,5 @@ def _check_operands(tensors: Mapping[str, Tensor | None]) -> None:
     if expert_tokens.dim() == 1 and len(expert_tokens) > _GROUPS:
         raise RuntimeError(
             f"there are {len(expert_tokens)} experts, but npu_grouped_matmul takes at most {_GROUPS} "
-            "(split them over two calls)"
+            "(split them over calls of 1024)"
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ffn_ops.contract import ContractError, Spec
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # of the modes without integers
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
 _DEQ_BITS = 0xFFFFE000
 _DEQ_FLAG = 1 << 46  # npu_trans_quant_param sets it; the operator ignores it
@@ -188,14 +189,25 @@ class Packable(nn.Module):
         return self
 
     def _apply(self: _Module, fn: Any, recurse: bool = True) -> _Module:
-        super()._apply(fn, recurse)
+        changes: dict[str, torch.dtype] = {}
         for name in self.packed_names:
             weight = getattr(self, name)
             if weight is None or not is_packed(weight) or weight.device.type != "cpu":
                 continue
             dtype = packed_float(weight)
             wanted = dtype and fn(torch.empty(0, dtype=dtype)).dtype
-            if wanted != dtype:
+            if wanted is None or wanted == dtype:
+                continue
+            if wanted not in FLOATS:  # before anything has changed
+                raise ContractError(
+                    f"{name} is packed in {dtype}, but it was to become {wanted}, and the operators take "
+                    "float32, float16 or bfloat16 (cast to one of these)"
+                )
+            changes[name] = wanted
+        super()._apply(fn, recurse)
+        for name, wanted in changes.items():
+            weight = getattr(self, name)
+            if weight.device.type == "cpu":
                 self._buffers[name] = prepack(unpack(weight).to(wanted))
         return self
 

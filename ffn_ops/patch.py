@@ -80,12 +80,19 @@ def unpatch(model: nn.Module) -> Report:
         if isinstance(module, Experts) or any(isinstance(child, First) for child in module.children()):
             report.append(Row(path, name_of(module), "as it was", True))
     for path, module in list(model.named_modules()):
-        if isinstance(module, Patched):
-            if "_key" in vars(type(module)):
-                module.__class__ = module._key[0]
-            else:  # a class derived from ours
-                reason = "still patched: its class was changed after patch (undo that, then unpatch again)"
-                report.append(Row(path, type(module).__name__, reason, False))
+        if not isinstance(module, Patched):
+            continue
+        own = vars(module).get("forward")
+        if own == type(module).forward.__get__(module):  # put back by hooks that were taken off
+            del module.forward
+            own = None
+        derived = "_key" not in vars(type(module))  # a class derived from ours
+        if derived or own is not None:
+            what = "class" if derived else "forward"
+            reason = f"still patched: its {what} was changed after patch (undo that, then unpatch again)"
+            report.append(Row(path, name_of(module), reason, False))
+        else:
+            module.__class__ = module._key[0]
     return report
 
 

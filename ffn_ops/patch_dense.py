@@ -74,7 +74,8 @@ class _Deferred:
         return self.tensor
 
     def check_x(self) -> None:
-        if self.version != _version(self.x):
+        now = _version(self.x)  # None where nothing counts, as on one side of a part that is compiled alone
+        if self.version is not None and now is not None and self.version != now:
             raise RuntimeError(
                 "x of a patched feed-forward block was changed in place after the first layer, but both "
                 "layers are computed at the second (change a copy, or ffn_ops.unpatch the model)"
@@ -194,6 +195,11 @@ class _Activation(_Marked):
 
     _attributes = ("_form",)
     _form: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "training" and not name.startswith("_"):
+            self.__class__ = self._key[0]  # what it computes may have changed, and it is no longer known
 
     def forward(self, x: Any) -> Any:
         if not isinstance(x, _Deferred):

@@ -48,8 +48,10 @@ class Patched(nn.Module):
     _attributes: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle, and deepcopy with it, cannot find it by name.
-        return _blank, type(self)._key, dict(vars(self))
+        # The class is made at run time, so pickle, and deepcopy with it, cannot find it by name. A state of
+        # its own is the class's before patch, or of torch's parametrizations, which refuse.
+        state_of = getattr(self, "__getstate__", lambda: dict(vars(self)))
+        return _blank, type(self)._key, state_of()
 
 
 def _blank(*key: Any) -> Any:
@@ -72,7 +74,13 @@ def patched_class(base: type, role: type[Patched], *attributes: Any) -> Any:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether somebody looks at, or has replaced, what one of the modules returns."""
-    if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
+    every = _every_module
+    if (
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    ):
         return True
     for module in modules:
         if (

@@ -4,6 +4,7 @@
 import copy
 import io
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -209,7 +210,8 @@ def test_memory_is_shared_and_addresses_are_refused():
     module = packed("MixtralExperts").share_memory()
     weight = next(p for p in module.parameters() if isinstance(p, hf.PackedWeight))
     assert weight.is_shared() and weight.block.is_shared()
-    for read in (weight.data_ptr, weight.__dlpack__):
+    each = partial(weight.apply_, float)
+    for read in (weight.data_ptr, weight.__dlpack__, weight.numpy, weight.tolist, each):
         with pytest.raises(ContractError, match="is packed, and"):
             read()
 

@@ -231,7 +231,12 @@ BAD = {
     "activation is 'tanh', but it must be one of": {"activation": "tanh"},
     "router is 'best', but it must be one of softmax": {"router": "best"},
     "top_k is 5, but it must be from 1 to the 4 experts": {"top_k": 5},
-    "top_k is 0, but it must be from 1 to the 4 experts": {"top_k": 0},
+    "top_k is 0, but it must be an int from 1": {"top_k": 0},
+    "top_k is 2.0, but it must be an int from 1": {"top_k": 2.0},
+    "topk_group is '1', but it must be an int from 1": {"topk_group": "1"},
+    "scaling is nan, but it must be a finite number": {"scaling": float("nan")},
+    "alpha is 'x', but it must be a finite number": {"alpha": "x"},
+    "limit is -1, but it must be 0 or more": {"limit": -1},
     "top_k is 2, but router top1 has one": {"router": "top1"},
     "n_group is 3 and topk_group 1, but n_group must divide the 4 experts": {
         "router": "sigmoid",
@@ -239,9 +244,9 @@ BAD = {
     },
     "n_group is 2, but router softmax has no groups": {"n_group": 2},
     "top_k is 3, but the 1 chosen groups hold 2": {"router": "sigmoid", "n_group": 2, "top_k": 3},
-    "num_experts is 0, but it must be a whole number from 1": {"num_experts": 0},
-    "hidden_size is 8.0, but it must be a whole number from 1": {"hidden_size": 8.0},
-    "shared_experts is -1, but it must be a whole number from 0": {"shared_experts": -1},
+    "num_experts is 0, but it must be an int from 1": {"num_experts": 0},
+    "hidden_size is 8.0, but it must be an int from 1": {"hidden_size": 8.0},
+    "shared_experts is -1, but it must be an int from 0": {"shared_experts": -1},
     "dtype is torch.float64, but it must be torch.float32": {"dtype": torch.float64},
 }
 
@@ -260,6 +265,60 @@ def test_bad_input_is_named():
         moe(torch.zeros(3, 23))
     with pytest.raises(ContractError, match="logits hold NaN for token 1, but"):
         moe(torch.tensor([0.0, torch.nan, 0.0])[:, None].expand(3, 24))
+    with pytest.raises(
+        ContractError, match=r"x is torch\.bfloat16 and the parameters are torch\.float32, but"
+    ):
+        moe(torch.zeros(3, 24).bfloat16())
+    with pytest.raises(ContractError, match="x is a list, but this MoE takes a tensor"):
+        moe([0.0] * 24)
+
+
+def test_routers_refuse_what_no_weight_follows_from():
+    inf, logits = torch.inf, torch.zeros(2, 4)
+    for row, value in (([inf, 1, 2, 3], "inf"), ([-inf] * 4, "-inf")):
+        logits[1] = torch.tensor(row)
+        for router in ("softmax", "topk_softmax"):
+            with pytest.raises(ContractError, match=f"logits hold {value} as the largest for token 1, but"):
+                route(logits, 2, router)
+        assert route(logits, 2, "sigmoid").weights.isfinite().all()
+    logits[1] = torch.tensor([0, -inf, -inf, 0])  # a mask
+    assert route(logits, 2).weights[1].tolist() == [0.5, 0.5]
+    for bias in (torch.zeros(1), torch.zeros(2, 1), torch.zeros(3)):
+        with pytest.raises(ContractError, match=r"correction_bias has shape \[.*\], but it must be"):
+            route(logits, 2, "sigmoid", correction_bias=bias)
+    with pytest.raises(ContractError, match="correction_bias holds nan for expert 1, but it must be finite"):
+        route(logits, 2, "sigmoid", correction_bias=torch.tensor([0, torch.nan, 0, 0]))
+    for broken in (None, torch.tensor(1.0)):
+        with pytest.raises(ContractError, match=r"but they must be a tensor \[\.\.\., E\]"):
+            route(broken, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["gelu", CLAMPED_SWIGLU])
+@pytest.mark.parametrize("grad", [False, True])
+def test_experts_take_tokens_of_any_rank(activation: str, grad: bool):
+    moe = MoE(24, 16, 4, 2, activation=activation)
+    x = torch.randn(2, 3, 24)
+    with torch.set_grad_enabled(grad):
+        for tokens in (x, x[:, :1], x[:, :0]):
+            y = moe.experts(tokens, *moe.route(tokens))
+            flat = tokens.reshape(-1, 24)
+            assert torch.equal(y, moe.experts(flat, *moe.route(flat)).reshape(tokens.shape))
+
+
+def test_it_runs_on_meta():
+    with torch.device("meta"):
+        moe = MoE(24, 16, 4, 2, shared_experts=1)
+        y = moe(torch.zeros(2, 3, 24))
+    assert y.is_meta and y.shape == (2, 3, 24)
+
+
+def test_the_correction_stays_exact():
+    moe = MoE(24, 16, 4, 2, router="sigmoid")
+    moe.correction_bias.copy_(torch.linspace(1, 1.01, 4))
+    kept = moe.correction_bias.clone()
+    for change in (moe.bfloat16, moe.half, moe.float):
+        assert torch.equal(change().correction_bias, kept)
+    assert moe.to("meta").correction_bias.is_meta
 
 
 EXPERTS_CALLS: dict[str, dict[str, Any]] = {
@@ -326,6 +385,10 @@ def test_a_packed_layer_changes_its_dtype_and_loads_another():
     with pytest.raises(RuntimeError, match="it is no float32 weight of shape") as refused:
         moe.load_state_dict(other.pack_().state_dict())
     assert "Missing" not in str(refused.value)
+    moe = MoE(24, 16, 4, 2, bias=True).pack_()
+    with pytest.raises(ContractError, match=r"weight1 is packed in torch\.float32, but it was to become"):
+        moe.double()
+    assert {moe.gate.weight.dtype, moe.bias1.dtype} == {torch.float32}  # nothing has changed
 
 
 def test_what_a_router_does_not_use_is_refused():
@@ -338,6 +401,8 @@ def test_what_a_router_does_not_use_is_refused():
         load_statistics(route(logits, 2), 4)
     with pytest.raises(ContractError, match="topk_ids holds -1, but"):
         load_statistics(torch.tensor([-1]), 4)
+    with pytest.raises(ContractError, match=r"E is 2\.5, but it must be an int from 1"):
+        load_statistics(torch.tensor([1]), 2.5)  # type: ignore[arg-type]
 
 
 def test_to_empty_and_reset_leave_nothing_unwritten():

@@ -9,6 +9,7 @@ that a model makes is held to tolerance.py's bound.
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -421,6 +422,12 @@ def test_global_hooks_see_tensors(calls: Any):
     finally:
         handle.remove()
     assert set(seen) == {Tensor} and not calls
+    handle = nn.modules.module.register_module_full_backward_hook(lambda m, gx, gy: None)
+    try:
+        model(torch.randn(3, 8, requires_grad=True))
+    finally:
+        handle.remove()
+    assert not calls
 
 
 def test_transforms_of_torch_func_and_forward_mode_work_as_before(calls: Any):
@@ -645,6 +652,72 @@ def test_a_class_that_came_after_ours_is_left_and_named():
     model[0].__class__ = type("Sharded", (type(model[0]),), {})
     reason = "still patched: its class was changed after patch (undo that, then unpatch again)"
     assert unpatch(model)[-1] == ("0", "Sharded", reason, False)
+
+
+def test_a_forward_that_came_after_ours_is_left_and_named(calls: Any):
+    """As hooks that replace forward do, and put the old one back into the instance."""
+    model, x = mlp(nn.ReLU()), torch.randn(3, 8)
+    expected = model(x)
+    patch(model)
+    before = model[0].forward
+    model[0].forward = lambda *args: before(*args)
+    reason = "still patched: its forward was changed after patch (undo that, then unpatch again)"
+    assert unpatch(model)[-1] == ("0", "Linear", reason, False)
+    calls.clear()
+    assert torch.equal(model(x), expected) and not calls
+    model[0].forward = before
+    unpatch(model)
+    assert type(model[0]) is nn.Linear and torch.equal(model(x), expected)
+
+
+def test_a_changed_activation_computes_what_it_says_now():
+    model, x = mlp(Scaled()), torch.randn(3, 8)
+    assert patch(model).changed == 1
+    model.eval()
+    first = model(x)
+    model[1].scale = 2.0
+    y = model(x)
+    unpatch(model)
+    assert torch.equal(model(x), y) and not torch.equal(first, y)
+
+
+class Scaled(nn.Module):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * torch.clamp(x, min=0)
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_layer_that_is_compiled_alone_hands_on_what_it_should(where: int):
+    model, x = mlp(nn.ReLU()), torch.randn(3, 8)
+    expected = model(x)
+    patch(model)
+    model[where].compile(backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_state_of_ones_own_is_pickled():
+    model = mlp(Leaky())
+    patch(model)
+    copied = pickle.loads(pickle.dumps(model))
+    x = torch.randn(3, 8)
+    assert torch.equal(copied(x), model(x)) and not hasattr(copied[1], "cache")
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(model)
+
+
+class Leaky(nn.ReLU):
+    """An activation with something that cannot be pickled, and leaves it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = lambda x: x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "cache"}
 
 
 @pytest.mark.parametrize("change", [patch, unpatch])

@@ -240,6 +240,15 @@ def test_an_infinite_expert_without_weight_is_not_asked():
         assert container(torch.randn(3, 32), mask, weights).isfinite().all()
 
 
+def test_experts_whose_forward_was_replaced_are_not_patched():
+    container = containers(make_moe("SwitchTransformers"))[0]
+    before = container.forward
+    container.forward = lambda *given: before(*given)
+    assert patch(container)[0].outcome == (
+        "not patched: its forward has been replaced, as hooks of a kind do"
+    )
+
+
 def test_experts_that_compute_something_else_are_not_patched():
     """As those of another version of transformers might."""
     container = containers(make_moe("SwitchTransformers"))[0]
