@@ -55,7 +55,7 @@ def route(
     NaN and, before a softmax, an infinity as a token's largest; a device's are not read.
     """
     if not isinstance(logits, Tensor) or logits.dim() == 0:
-        what = f"have shape {[]}" if isinstance(logits, Tensor) else f"are a {type(logits).__name__}"
+        what = "have shape []" if isinstance(logits, Tensor) else f"are a {type(logits).__name__}"
         raise ContractError(f"logits {what}, but they must be a tensor [..., E] (pass the router's output)")
     _check_routing(logits.shape[-1], top_k, router, n_group, topk_group)
     _check_number("scaling", scaling)
@@ -276,7 +276,8 @@ class MoE(Packable):
                 f"x has shape {tuple(x.shape)}, but this MoE takes a last dimension of hidden_size = "
                 f"{self.hidden_size} (check which block it replaces)"
             )
-        if x.dtype != self.gate.weight.dtype and not _is_autocast(x):
+        # A gate of another kind may cast.
+        if type(self.gate) is nn.Linear and x.dtype != self.gate.weight.dtype and not _is_autocast(x):
             raise ContractError(
                 f"x is {x.dtype} and the parameters are {self.gate.weight.dtype}, but a MoE takes x in their "
                 "dtype (cast one of them, or use torch.autocast)"

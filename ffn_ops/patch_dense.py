@@ -198,7 +198,7 @@ class _Activation(_Marked):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name != "training" and not name.startswith("_"):
+        if name not in ("training", "forward") and not name.startswith("_"):
             self.__class__ = self._key[0]  # what it computes may have changed, and it is no longer known
 
     def forward(self, x: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import assert_as_good_as_torch, plain_moe
-from torch import Tensor
+from torch import Tensor, nn
 
 import ffn_ops
 import reference
@@ -269,8 +269,20 @@ def test_bad_input_is_named():
         ContractError, match=r"x is torch\.bfloat16 and the parameters are torch\.float32, but"
     ):
         moe(torch.zeros(3, 24).bfloat16())
+    moe.gate = nn.Sequential(Double(), moe.gate.double(), Single())  # one that casts
+    moe(torch.zeros(3, 24))
     with pytest.raises(ContractError, match="x is a list, but this MoE takes a tensor"):
         moe([0.0] * 24)
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+class Single(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
 
 
 def test_routers_refuse_what_no_weight_follows_from():

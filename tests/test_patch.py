@@ -654,20 +654,22 @@ def test_a_class_that_came_after_ours_is_left_and_named():
     assert unpatch(model)[-1] == ("0", "Sharded", reason, False)
 
 
-def test_a_forward_that_came_after_ours_is_left_and_named(calls: Any):
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_forward_that_came_after_ours_is_left_and_named(where: int, calls: Any):
     """As hooks that replace forward do, and put the old one back into the instance."""
     model, x = mlp(nn.ReLU()), torch.randn(3, 8)
-    expected = model(x)
+    expected, kind = model(x), type(model[where])
     patch(model)
-    before = model[0].forward
-    model[0].forward = lambda *args: before(*args)
-    reason = "still patched: its forward was changed after patch (undo that, then unpatch again)"
-    assert unpatch(model)[-1] == ("0", "Linear", reason, False)
+    before = model[where].forward
+    model[where].forward = lambda *args: before(*args)
     calls.clear()
     assert torch.equal(model(x), expected) and not calls
-    model[0].forward = before
+    reason = "still patched: its forward was changed after patch (undo that, then unpatch again)"
+    assert unpatch(model)[-1] == (str(where), kind.__name__, reason, False)
+    assert torch.equal(model(x), expected) and not calls
+    model[where].forward = before
     unpatch(model)
-    assert type(model[0]) is nn.Linear and torch.equal(model(x), expected)
+    assert type(model[where]) is kind and torch.equal(model(x), expected)
 
 
 def test_a_changed_activation_computes_what_it_says_now():
