@@ -214,7 +214,7 @@ class MoE(Packable):
         for name, number in (("scaling", scaling), ("alpha", alpha), ("limit", limit)):
             _check_number(name, number)
         if limit < 0:
-            raise ContractError(f"limit is {limit}, but it must be 0 or more (it bounds both sides)")
+            raise ContractError(f"limit is {limit}, but it must be 0 or more (give what bounds both sides)")
         if dtype is not None and dtype not in FLOATS:
             raise ContractError(
                 f"dtype is {dtype!r}, but it must be torch.float32, torch.float16 or torch.bfloat16 (choose "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ffn_ops.activation import activate
 from ffn_ops.contract import Plan
-from ffn_ops.packing import is_packed
+from ffn_ops.packing import FLOATS, is_packed
 
 _ROUTED = ("x", "topk_ids", "topk_weights")
 _GROUPS = 1024  # contract.py's rule E-limit-grouped
@@ -183,7 +183,7 @@ def _check_operands(tensors: Mapping[str, Tensor | None]) -> None:
                 f"{name} is on {tensor.device} and x on {x.device}, but all tensors of a call must be on one "
                 "device (move one of them there)"
             )
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in FLOATS:
         raise RuntimeError(f"x is {name_of[x.dtype]}, but it must be float32, float16 or bfloat16 (cast it)")
     if x.dim() != 2:
         raise RuntimeError(f"x has shape {list(x.shape)}, but it must be [M, K] (flatten the leading sizes)")
@@ -202,5 +202,5 @@ def _check_operands(tensors: Mapping[str, Tensor | None]) -> None:
     if expert_tokens.dim() == 1 and len(expert_tokens) > _GROUPS:
         raise RuntimeError(
             f"there are {len(expert_tokens)} experts, but npu_grouped_matmul takes at most {_GROUPS} "
-            "(split them over calls of 1024)"
+            f"(split them over calls of {_GROUPS})"
         )

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ffn_ops import contract
 from ffn_ops.contract import ContractError, Spec
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # of the modes without integers
+# x's dtypes in the modes without integers.
+FLOATS = tuple(getattr(torch, mode.x) for mode in contract.MODES if mode.name in contract.FLOAT_MODES)
 # The 19 bits of an FP32 pattern that the hardware multiplies by: sign, exponent, 10 of mantissa.
 _DEQ_BITS = 0xFFFFE000
 _DEQ_FLAG = 1 << 46  # npu_trans_quant_param sets it; the operator ignores it

@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ffn_ops import contract
 from ffn_ops.activation import FORMULAS
+from ffn_ops.packing import FLOATS
 
 _every_module = nn.modules.module
-
-DTYPES = tuple(getattr(torch, mode.x) for mode in contract.MODES if mode.name in contract.FLOAT_MODES)
 
 
 class Row(NamedTuple):
@@ -103,7 +102,7 @@ def fits(linear: Any, x: Tensor) -> bool:
     """Whether the operator may stand in for `linear` here and now."""
     weight, bias = linear.weight, linear.bias
     return (
-        x.dtype in DTYPES
+        x.dtype in FLOATS
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.device.type in ("cpu", "meta")
@@ -167,7 +166,7 @@ def obstacle_of(names: str, first: Any, last: Any) -> str:
         weight = linear.weight
         if isinstance(linear, Patched) or watched(linear) or hasattr(linear, "parametrizations"):
             return f"{names} are no plain layers (one has hooks, a parametrization or another partner)"
-        if weight.dtype not in DTYPES or type(weight) is not nn.Parameter:
+        if weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
             return (
                 f"its weights are {type(weight).__name__} of {weight.dtype}, not float32, float16 or bfloat16"
             )

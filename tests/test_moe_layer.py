@@ -269,20 +269,17 @@ def test_bad_input_is_named():
         ContractError, match=r"x is torch\.bfloat16 and the parameters are torch\.float32, but"
     ):
         moe(torch.zeros(3, 24).bfloat16())
-    moe.gate = nn.Sequential(Double(), moe.gate.double(), Single())  # one that casts
+    moe.gate = Double(24, moe.num_experts, bias=False).double()
     moe(torch.zeros(3, 24))
     with pytest.raises(ContractError, match="x is a list, but this MoE takes a tensor"):
         moe([0.0] * 24)
 
 
-class Double(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.double()
+class Double(nn.Linear):
+    """A gate that casts x itself."""
 
-
-class Single(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.float()
+        return super().forward(x.double()).float()
 
 
 def test_routers_refuse_what_no_weight_follows_from():

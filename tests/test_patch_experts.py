@@ -72,7 +72,7 @@ def test_experts_are_one_call_with_what_the_router_chose(family: str, monkeypatc
     model = make_moe(family).double()
     x, selected, weights = routed(model, torch.randn(2, 7, 32).double())
     weights = weights.float().double()
-    monkeypatch.setattr(patched, "DTYPES", (torch.float64,))
+    monkeypatch.setattr(patched, "FLOATS", (torch.float64,))
     monkeypatch.setattr(torch.ops.ffn, "moe", loop)
     container = containers(model)[0]
     if family == "NllbMoe":
