@@ -65,7 +65,8 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
            ? MultiplyBlock<kInt, 2, 2>
            : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
                                         (left.rows > 2 * kTileHeight ? ahead : Ahead{})
-                                            .From(n, r / (2 * kTileHeight), steps * kAsksEach, panel),
+                                            .From(n, r / (2 * kTileHeight),
+                                                  steps * kAsksEach * Asking::kLinesEach, panel),
                                         reinterpret_cast<char*>(c + r * stride + n), stride * 4);
     }
   }

@@ -25,14 +25,17 @@ enum class Sums {
   kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
 };
 
-// What a tile asks for, little by little, into the second-level cache.
+// What a tile asks for, little by little, into the second-level cache: lines from `at` to the last one, which
+// it goes on asking for when it has come there.
 struct Asking {
   static constexpr int64_t kLinesEach = 2;
   const char* at;
   int64_t line;  // from one line to the next, in bytes
+  const char* last;
 
   void Next() {
     for (int64_t i = 0; i < kLinesEach; ++i, at += line) __builtin_prefetch(at, 0, 2);
+    at = at < last ? at : last;
   }
 };
 
@@ -50,12 +53,20 @@ struct Ahead {
     return {data + first * line, stride, end / Panel<T>::kGroup * group_lines - first, line, group_lines};
   }
 
-  // For tile `tile` of the panel of `column`, which asks so many times. A tile that has nothing to ask for
-  // asks for `own`, which it reads itself.
-  Asking From(int64_t column, int64_t tile, int64_t times, const char* own) const {
-    const int64_t begin = tile * times * Asking::kLinesEach;
-    if (begin >= lines) return {own, 64};
-    return {data + column / kPackedColumns * stride + begin * line, line};
+  // The share of each of `tiles` tiles of a panel, which can ask for `most` lines. As many as they can at
+  // once would come in bursts that memory is too slow for, and other loads would wait for them.
+  int64_t Share(int64_t tiles, int64_t most) const {
+    const int64_t equal = (lines + tiles - 1) / tiles;
+    return equal < most ? equal : most;
+  }
+
+  // The share of tile `tile` of the panel of `column`, so many lines. A tile that has nothing to ask for asks
+  // for the panel that it reads itself, from `own`: so the other half comes along.
+  Asking From(int64_t column, int64_t tile, int64_t share, const char* own) const {
+    const int64_t begin = tile * share, end = begin + share < lines ? begin + share : lines;
+    if (begin >= end) return {own, 64, own + kKBlock * kPackedColumns * 4};
+    const char* const first = data + column / kPackedColumns * stride;
+    return {first + begin * line, line, first + (end - 1) * line};
   }
 };
 
@@ -63,6 +74,8 @@ struct Ahead {
 // which turns only cost compile time.
 template <typename T>
 constexpr int kAskEvery = Panel<T>::kGroup < 4 ? 4 / Panel<T>::kGroup : 1;
+template <typename T>
+constexpr int kTurnRows = Panel<T>::kGroup * kAskEvery<T>;
 
 // A range of k within one kKBlock, counted from the block's first row, and the columns of a task.
 struct Range {
@@ -76,6 +89,18 @@ struct Range {
   float* tile;
   int64_t tile_stride;
   Ahead ahead;
+  bool first_strip;  // so that nobody has read the rows of a before
+
+  // Lines that a tile can ask for.
+  template <typename T>
+  int64_t MostAsked() const {
+    return (end - begin) / kTurnRows<T> * Asking::kLinesEach;
+  }
+  // What tile `tile` of the panel of `column` asks for, so many lines at most.
+  template <typename T>
+  Asking Asks(int64_t column, int64_t tile, int64_t share) const {
+    return ahead.From(column, tile, share, panels.At<T>(begin, column));
+  }
 };
 
 constexpr int kPanelVectors = kPackedColumns / kLanes;
@@ -85,27 +110,27 @@ constexpr bool kReadsWholePanels = kPanelVectors == 4;
 template <int kVectors>
 constexpr bool kAsksFor = !kReadsWholePanels || kVectors <= kPanelVectors;
 
-// kRows rows from `row` times kVectors * kLanes columns from `column`. Loops over rows and vectors are
-// unrolled by hand: GCC else leaves the sums in memory.
-template <typename T, Sums kSums, int kRows, int kVectors>
-void MultiplyTile(const Range& range, int64_t row, int64_t column) {
+// kRows rows from `row` times kVectors * kLanes columns from `column`. kNear: the panels are in a cache
+// already. Loops over rows and vectors are unrolled by hand: GCC else leaves the sums in memory.
+template <typename T, Sums kSums, int kRows, int kVectors, bool kNear = false>
+void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
-  constexpr int kTurn = kGroup * kAskEvery<T>;
+  constexpr int kTurn = kTurnRows<T>;
   constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
   const float* const a = range.a + row * kKBlock;
   float* const tile = range.tile + row * range.tile_stride + column;
-  const char* panels[kVectors];
+  constexpr int kPanels = kVectors > kPanelVectors ? kVectors / kPanelVectors : 1;
+  const char* panels[kPanels];
   F32 sum[kRows][kVectors];
   const auto each_sum = [&](auto use) __attribute__((always_inline)) {
     Unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) { use(sum[r][v], r, v); });
     });
   };
-  Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-    const int64_t k = range.begin / kGroup * kGroup, n = column + v * kLanes;
-    panels[v] = range.panels.At<T>(k, n);
+  Unrolled<kPanels>([&](auto p) __attribute__((always_inline)) {
+    panels[p] = range.panels.At<T>(range.begin / kGroup * kGroup, column + p * kPackedColumns);
   });
   each_sum([&](F32& one, int r, int v) __attribute__((always_inline)) {
     one = kContinues ? Load<F32>(tile + r * range.tile_stride + v * kLanes) : F32{};
@@ -114,11 +139,14 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
   // Rows [first, last) of the group that begins with row k.
   const auto step = [&](int64_t k, int first, int last) __attribute__((always_inline)) {
     Vector w[kVectors];
-    Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      w[v] = Load<Vector>(panels[v]);
-      if constexpr (kAsksFor<kVectors>) AskFor(panels[v]);
-      panels[v] += kGroupBytes<T>;
-    });
+    const auto load = [&](int v) __attribute__((always_inline)) {
+      const char* const from = panels[v / kPanelVectors] + v % kPanelVectors * kLanes * kUnitBytes<T>;
+      w[v] = Load<Vector>(from);
+      if constexpr (kAsksFor<kVectors> && !kNear) AskFor(from);
+    };
+    // Where sums and rows fill the registers, each vector is loaded when it is multiplied.
+    constexpr bool kLoadsLate = kGroup == 1 && kRows <= kVectors;
+    if constexpr (!kLoadsLate) Unrolled<kVectors>(load);
     Unrolled<kGroup>([&](auto i) __attribute__((always_inline)) {
       if (i < first || i >= last) return;
       const auto element = [&](int v) __attribute__((always_inline)) {
@@ -141,14 +169,15 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column) {
         F32 xs[kRows];
         Unrolled<kRows>([&](auto r) __attribute__((always_inline)) { xs[r] = x(r); });
         Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+          if constexpr (kLoadsLate) load(v);
           const F32 one = element(v);
           Unrolled<kRows>([&](auto r)
                               __attribute__((always_inline)) { sum[r][v] = Fma(xs[r], one, sum[r][v]); });
         });
       }
     });
+    Unrolled<kPanels>([&](auto p) __attribute__((always_inline)) { panels[p] += kGroupBytes<T>; });
   };
-  Asking ahead = range.ahead.From(column, row / kRows, (range.end - range.begin) / kTurn, panels[0]);
   int64_t k = range.begin / kGroup * kGroup;
   const auto last = [&] { return static_cast<int>(range.end - k < kGroup ? range.end - k : kGroup); };
   if (k < range.begin) {
@@ -215,8 +244,10 @@ inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
 
 template <typename T, Sums kSums, int kMost>
 void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
+  const int64_t share = range.ahead.Share((rows + kMost - 1) / kMost, range.MostAsked<T>());
   ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
-    MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column);
+    const Asking ahead = range.Asks<T>(column, row / tile_rows, share);
+    MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column, ahead);
   });
 }
 
@@ -233,40 +264,66 @@ inline void ForEachPair(int64_t columns, const Use& use) {
 }
 
 // Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
-// half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So up to kManyRows rows have tiles as wide
-// as a panel, of up to three rows, which take turns every `run` of its steps along k, and a row alone has
-// pairs of panels. Calls use(kRows, kVectors, row, column, begin, end) for each.
+// half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So tiles are as wide as a panel there, of up
+// to three rows, which take turns every `run` of their steps along k, and a row alone has pairs of panels.
+// Calls use(kRows, kVectors, row, column, begin, end) for each.
+constexpr int kWholePanelRows = kManyRows / 2;
 template <typename Use>
 inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
                               const Use& use) {
-  constexpr int kMost = kManyRows / 2;
   if (rows == 1) {
     return ForEachPair(columns, [&](auto vectors, int64_t column) {
       use(std::integral_constant<int, 1>(), vectors, 0, column, begin, end);
     });
   }
-  if (rows <= kMost) run = end - begin;
+  if (rows <= kWholePanelRows) run = end - begin;
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     for (int64_t first = begin; first < end; first += run) {
       const int64_t last = end - first < run ? end : first + run;
-      ForEachTile<kMost, kMost>(rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
-        use(tile_rows, std::integral_constant<int, kPanelVectors>(), row, n, first, last);
-      });
+      ForEachTile<kWholePanelRows, kWholePanelRows>(
+          rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
+            use(tile_rows, std::integral_constant<int, kPanelVectors>(), row, n, first, last);
+          });
     }
   }
 }
 
-template <typename T>
+// kMany: more than kManyRows, all of which read a panel, expanded or not, while it is near. x has rows too
+// short for the hardware's prefetchers, so in the first panel each tile asks for those of the next one.
+// (1024 rows of float32: 15 to 25 % faster than tiles of six rows by half a panel that asked for all they
+// could, and not for x; Zen 3.)
+template <typename T, bool kMany>
 void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
-  constexpr int64_t kRun = 32;  // rows of W; 16 and 64 were about as fast
+  // Rows of W; a half or twice as many were about as fast.
+  constexpr int64_t kRun = kMany ? 128 : 32;
+  const int64_t runs = (range.end - range.begin + kRun - 1) / kRun;
+  const int64_t tiles = (rows + kWholePanelRows - 1) / kWholePanelRows;
+  const int64_t share = range.ahead.Share(runs * tiles, range.MostAsked<T>() / runs);
+  Range run = range;
   ForEachWholePanel(
       rows, columns, range.begin, range.end, kRun,
       [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
-        Range run = range;
         run.begin = begin;
         run.end = end;
-        MultiplyTile<T, Sums::kFloat, tile_rows, vectors>(run, row, column);
+        if (kMany && range.first_strip && column == 0) {
+          for (int64_t r = row + tile_rows; r < row + 2 * tile_rows && r < rows; ++r) {
+            for (int64_t k = begin; k < end; k += 16) __builtin_prefetch(range.a + r * kKBlock + k);
+          }
+        }
+        const int64_t tile = (begin - range.begin) / kRun * tiles + row / tile_rows;
+        const Asking ahead = run.Asks<T>(column, tile, share);
+        MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(run, row, column, ahead);
       });
+}
+
+// More than kManyRows rows.
+template <Sums kSums>
+void MultiplyExpanded(const Range& range, int64_t rows, int64_t columns) {
+  if constexpr (kReadsWholePanels && kSums == Sums::kFloat) {
+    MultiplyWholePanels<float, true>(range, rows, columns);
+  } else {
+    MultiplyRange<float, kSums, kManyRows>(range, rows, columns);
+  }
 }
 
 // The sum of `count` floats, in an order that `count` alone decides.
@@ -422,6 +479,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
     for (int64_t n = 0; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
+      range.first_strip = n == 0;
       const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
       if constexpr (kSums == Sums::kFloat) {
         if (FloatsReadPlain(weight, wave.problem->weight_dtype, left.left, rows)) {
@@ -457,7 +515,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           range.begin = 0;
           range.end = block_rows;
           range.ahead = ahead;
-          MultiplyRange<float, Sums::kFloat, kManyRows>(range, rows, strip.columns);
+          MultiplyExpanded<Sums::kFloat>(range, rows, strip.columns);
           continue;
         }
         Expand<T, false>(panels, 0, block_rows, expanded_rows, strip.columns, *scratch, scratch->panel);
@@ -475,13 +533,14 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         if constexpr (kSums == Sums::kExact) {
           MultiplyRange<T, kSums, 1>(range, rows, strip.columns);
         } else if (kWhole && rows <= kManyRows) {
-          if constexpr (kWhole) MultiplyWholePanels<T>(range, rows, strip.columns);
+          if constexpr (kWhole) MultiplyWholePanels<T, false>(range, rows, strip.columns);
         } else if (kReadsPairs && rows == 1) {
           ForEachPair(strip.columns, [&](auto vectors, int64_t column) {
-            if constexpr (kReadsPairs) MultiplyTile<T, kSums, 1, vectors>(range, 0, column);
+            if constexpr (kReadsPairs)
+              MultiplyTile<T, kSums, 1, vectors>(range, 0, column, range.Asks<T>(column, 0, 0));
           });
         } else if (expanded || !kExpands) {
-          MultiplyRange<float, kSums, kManyRows>(range, rows, strip.columns);
+          MultiplyExpanded<kSums>(range, rows, strip.columns);
         } else if constexpr (!kWhole) {
           MultiplyRange<T, kSums, kManyRows>(range, rows, strip.columns);
         }
