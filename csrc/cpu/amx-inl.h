@@ -58,16 +58,17 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
                    const Ahead& ahead, float* c, int64_t stride) {
   constexpr bool kInt = std::is_same_v<T, int8_t>;
   const int64_t a_step = left.rows * kTileRowBytes;
+  // Each block of rows asks for as much as it can.
+  const Ahead asked =
+      (left.rows > 2 * kTileHeight ? ahead : Ahead{}).Shared(1, steps * kAsksEach * Asking::kLinesEach);
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;
     for (int64_t r = 0; r < left.rows; r += 2 * kTileHeight) {
-      (left.rows - r > kTileHeight
-           ? MultiplyBlock<kInt, 2, 2>
-           : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
-                                        (left.rows > 2 * kTileHeight ? ahead : Ahead{})
-                                            .From(n, r / (2 * kTileHeight),
-                                                  steps * kAsksEach * Asking::kLinesEach, panel),
-                                        reinterpret_cast<char*>(c + r * stride + n), stride * 4);
+      (left.rows - r > kTileHeight ? MultiplyBlock<kInt, 2, 2>
+                                   : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
+                                                                asked.From(n, r / (2 * kTileHeight), panel),
+                                                                reinterpret_cast<char*>(c + r * stride + n),
+                                                                stride * 4);
     }
   }
 }

@@ -39,7 +39,6 @@ struct DotRange {
   float* tile;
   int64_t tile_stride;
   Ahead ahead;
-  int64_t share = 0;        // of a tile, in lines
   int64_t plane_bytes = 0;  // from one plane of the left operand to the next
   int64_t row_bytes = 0;    // from one row of a plain weight, which `panels.data` is then, to the next
 };
@@ -70,7 +69,7 @@ struct DotSums {
       : a(range.a + row * kTileRowBytes),
         plane_bytes(range.plane_bytes),
         row_bytes(range.row_bytes),
-        ahead(range.ahead.From(column, row / kRows, range.share, range.panels.At<T>(0, column))) {
+        ahead(range.ahead.From(column, row / kRows, range.panels.At<T>(0, column))) {
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const int64_t n = column + v * kLanes;
       panels[v] = kPlain ? range.panels.data + n * static_cast<int64_t>(sizeof(T)) : range.panels.At<T>(0, n);
@@ -221,15 +220,15 @@ template <typename T, int kPlanes = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride) {
   const int64_t tiles = (left.rows + kDotRows - 1) / kDotRows;
-  const DotRange range = {a,
-                          left.rows * kTileRowBytes,
-                          steps,
-                          panels,
-                          c,
-                          stride,
-                          tiles > 1 ? ahead : Ahead{},
-                          ahead.Share(tiles, steps * (kStepWords / kWords) * Asking::kLinesEach),
-                          left.PlaneBytes()};
+  const DotRange range = {
+      a,
+      left.rows * kTileRowBytes,
+      steps,
+      panels,
+      c,
+      stride,
+      tiles > 1 ? ahead.Shared(tiles, steps * (kStepWords / kWords) * Asking::kLinesEach) : Ahead{},
+      left.PlaneBytes()};
   if constexpr (kReadsWholePanels && kMultiplies<T>) {
     // More are as fast with wide tiles, since they wait for the instructions.
     if (left.rows <= kFewRows) {
@@ -352,9 +351,8 @@ void MultiplyNibbles(const Product& product, const Segment& segment, const Colum
       if (!weight.packed && rows % 32 != 0) __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));
       const Panels panels = PanelsOf<Int4Pair>(
           weight, product.K, {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
-      const DotRange range = {
-          left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {}, 0,
-          left.PlaneBytes()};
+      const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {},
+                              left.PlaneBytes()};
       const Groups<T> groups = {static_cast<const T*>(channels.antiquant_offset) + index + n,
                                 static_cast<const T*>(channels.antiquant_scale) + index + n,
                                 product.N,

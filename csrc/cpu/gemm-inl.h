@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The multiplication: a tile of sums, float32 or int32, from rows of a and panels of W. Few rows read the
 // panels as they are stored and turn them into float32 on the way; more rows have them expanded first. Some
-// plain weights are read without panels (plain-inl.h). Used by ffn-inl.h; built on packed-inl.h.
+// plain weights are read without panels (plain-inl.h). Used by ffn-inl.h; built on ahead-inl.h and
+// packed-inl.h.
 //
 // What makes a row's bits independent of everything else: each sum is one chain of fused multiply-adds over
 // ascending k, begun at the tile and put back into it, whatever the tile's rows, the block of k, or the
 // columns of the task are. For antiquant weights there is such a chain for each group within kKBlock rows.
 #pragma once
 
+#include "cpu/ahead-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
@@ -23,51 +25,6 @@ enum class Sums {
   kInt,     // exact in float32 for up to kKBlock rows (kernels.h); added to an int32 tile, wrapping around
   kScaled,  // tile += scale * (sum of x w + offset * sum of x)
   kExact,   // likewise as x ((w + offset) scale) one by one: nothing overflows that the result does not
-};
-
-// What a tile asks for, little by little, into the second-level cache: lines from `at` to the last one, which
-// it goes on asking for when it has come there.
-struct Asking {
-  static constexpr int64_t kLinesEach = 2;
-  const char* at;
-  int64_t line;  // from one line to the next, in bytes
-  const char* last;
-
-  void Next() {
-    for (int64_t i = 0; i < kLinesEach; ++i, at += line) __builtin_prefetch(at, 0, 2);
-    at = at < last ? at : last;
-  }
-};
-
-// What will be read after the panels that are being multiplied: for each of them so many lines, `stride`
-// bytes from those of the next one. A plain weight has a line in each of its rows.
-struct Ahead {
-  const char* data;
-  int64_t stride, lines, line;
-  int64_t group_lines;  // of a group of rows
-
-  // What belongs to rows [begin, end) of panels of T.
-  template <typename T>
-  Ahead Part(int64_t begin, int64_t end) const {
-    const int64_t first = begin / Panel<T>::kGroup * group_lines;
-    return {data + first * line, stride, end / Panel<T>::kGroup * group_lines - first, line, group_lines};
-  }
-
-  // The share of each of `tiles` tiles of a panel, which can ask for `most` lines. As many as they can at
-  // once would come in bursts that memory is too slow for, and other loads would wait for them.
-  int64_t Share(int64_t tiles, int64_t most) const {
-    const int64_t equal = (lines + tiles - 1) / tiles;
-    return equal < most ? equal : most;
-  }
-
-  // The share of tile `tile` of the panel of `column`, so many lines. A tile that has nothing to ask for asks
-  // for the panel that it reads itself, from `own`: so the other half comes along.
-  Asking From(int64_t column, int64_t tile, int64_t share, const char* own) const {
-    const int64_t begin = tile * share, end = begin + share < lines ? begin + share : lines;
-    if (begin >= end) return {own, 64, own + kKBlock * kPackedColumns * 4};
-    const char* const first = data + column / kPackedColumns * stride;
-    return {first + begin * line, line, first + (end - 1) * line};
-  }
 };
 
 // Groups of rows between one asking and the next, and in a turn of the loop over k: up to eight rows, beyond
@@ -96,10 +53,10 @@ struct Range {
   int64_t MostAsked() const {
     return (end - begin) / kTurnRows<T> * Asking::kLinesEach;
   }
-  // What tile `tile` of the panel of `column` asks for, so many lines at most.
+  // What tile `tile` of the panel of `column` asks for.
   template <typename T>
-  Asking Asks(int64_t column, int64_t tile, int64_t share) const {
-    return ahead.From(column, tile, share, panels.At<T>(begin, column));
+  Asking Asks(int64_t column, int64_t tile) const {
+    return ahead.From(column, tile, panels.At<T>(begin, column));
   }
 };
 
@@ -117,7 +74,6 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead)
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
-  constexpr int kTurn = kTurnRows<T>;
   constexpr bool kContinues = kSums == Sums::kFloat || kSums == Sums::kExact;
   const float* const a = range.a + row * kKBlock;
   float* const tile = range.tile + row * range.tile_stride + column;
@@ -184,7 +140,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead)
     step(k, static_cast<int>(range.begin - k), last());
     k += kGroup;
   }
-  for (; k + kTurn <= range.end; k += kTurn) {
+  for (; k + kTurnRows<T> <= range.end; k += kTurnRows<T>) {
     ahead.Next();
     Unrolled<kAskEvery<T>>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
@@ -244,10 +200,11 @@ inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
 
 template <typename T, Sums kSums, int kMost>
 void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
-  const int64_t share = range.ahead.Share((rows + kMost - 1) / kMost, range.MostAsked<T>());
+  Range shared = range;
+  shared.ahead = range.ahead.Shared((rows + kMost - 1) / kMost, range.MostAsked<T>());
   ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
-    const Asking ahead = range.Asks<T>(column, row / tile_rows, share);
-    MultiplyTile<T, kSums, tile_rows, vectors>(range, row, column, ahead);
+    const Asking ahead = shared.Asks<T>(column, row / tile_rows);
+    MultiplyTile<T, kSums, tile_rows, vectors>(shared, row, column, ahead);
   });
 }
 
@@ -298,8 +255,8 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
   constexpr int64_t kRun = kMany ? 128 : 32;
   const int64_t runs = (range.end - range.begin + kRun - 1) / kRun;
   const int64_t tiles = (rows + kWholePanelRows - 1) / kWholePanelRows;
-  const int64_t share = range.ahead.Share(runs * tiles, range.MostAsked<T>() / runs);
   Range run = range;
+  run.ahead = range.ahead.Shared(runs * tiles, range.MostAsked<T>() / runs);
   ForEachWholePanel(
       rows, columns, range.begin, range.end, kRun,
       [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
@@ -311,14 +268,14 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
           }
         }
         const int64_t tile = (begin - range.begin) / kRun * tiles + row / tile_rows;
-        const Asking ahead = run.Asks<T>(column, tile, share);
+        const Asking ahead = run.Asks<T>(column, tile);
         MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(run, row, column, ahead);
       });
 }
 
-// More than kManyRows rows.
+// Panels of float32: many rows, or any number where tiles of few rows are no others.
 template <Sums kSums>
-void MultiplyExpanded(const Range& range, int64_t rows, int64_t columns) {
+void MultiplyFloats(const Range& range, int64_t rows, int64_t columns) {
   if constexpr (kReadsWholePanels && kSums == Sums::kFloat) {
     MultiplyWholePanels<float, true>(range, rows, columns);
   } else {
@@ -386,23 +343,6 @@ inline int64_t LoadGroup(const Wave& wave, const Product& product, int64_t exper
     }
   }
   return end;
-}
-
-// The part of a weight that is `below` rows below and `beside` columns beside `block`, whose panels these
-// are.
-template <typename T>
-Ahead AheadOf(const Weight& weight, const Panels& panels, const Block& block, int64_t below, int64_t beside) {
-  constexpr int64_t kGroup = Panel<T>::kGroup;
-  if (weight.packed) {
-    constexpr int64_t kLines = kGroupBytes<T> / 64;
-    return {panels.data + below / kGroup * kGroupBytes<T> + beside / kPackedColumns * panels.bytes,
-            panels.bytes, block.rows / kGroup * kLines, 64, kLines};
-  }
-  constexpr int64_t kBytes = kPackedColumns * static_cast<int64_t>(sizeof(T)) / kPerItem<T>;
-  // Packing a transposed weight asks for what comes next itself, and rows of float32 have two lines each.
-  if (weight.col_stride != 1 || kBytes > 64) return {};
-  const T* const next = PlainAt<T>(weight, block.expert, block.k + below, block.column + beside);
-  return {reinterpret_cast<const char*>(next), kBytes, block.rows, RowBytes<T>(weight), kGroup};
 }
 
 // Rows of panels of so many columns, as float32, that fit scratch: kKBlock over a power of two.
@@ -515,7 +455,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           range.begin = 0;
           range.end = block_rows;
           range.ahead = ahead;
-          MultiplyExpanded<Sums::kFloat>(range, rows, strip.columns);
+          MultiplyFloats<Sums::kFloat>(range, rows, strip.columns);
           continue;
         }
         Expand<T, false>(panels, 0, block_rows, expanded_rows, strip.columns, *scratch, scratch->panel);
@@ -537,10 +477,10 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         } else if (kReadsPairs && rows == 1) {
           ForEachPair(strip.columns, [&](auto vectors, int64_t column) {
             if constexpr (kReadsPairs)
-              MultiplyTile<T, kSums, 1, vectors>(range, 0, column, range.Asks<T>(column, 0, 0));
+              MultiplyTile<T, kSums, 1, vectors>(range, 0, column, range.Asks<T>(column, 0));
           });
         } else if (expanded || !kExpands) {
-          MultiplyExpanded<kSums>(range, rows, strip.columns);
+          MultiplyFloats<kSums>(range, rows, strip.columns);
         } else if constexpr (!kWhole) {
           MultiplyRange<T, kSums, kManyRows>(range, rows, strip.columns);
         }

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the multiplications ask memory for while they multiply something else: the panels, packed or plain,
+// that are read next. Used by gemm-inl.h, narrow-inl.h, dot-inl.h and amx-inl.h; built on packed-inl.h.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/packed-inl.h"
+
+namespace ffn::cpu {
+namespace {
+
+// What a tile asks for, little by little, into the second-level cache: lines from `at` to the last one, which
+// it goes on asking for when it has come there.
+struct Asking {
+  static constexpr int64_t kLinesEach = 2;
+  const char* at;
+  int64_t line;  // from one line to the next, in bytes
+  const char* last;
+
+  void Next() {
+    for (int64_t i = 0; i < kLinesEach; ++i, at += line) __builtin_prefetch(at, 0, 2);
+    at = at < last ? at : last;
+  }
+};
+
+// What will be read after the panels that are being multiplied: for each of them so many lines, `stride`
+// bytes from those of the next one. A plain weight has a line in each of its rows.
+struct Ahead {
+  const char* data;
+  int64_t stride, lines, line;
+  int64_t group_lines;  // of a group of rows
+  int64_t share = 0;    // of a tile, in lines
+
+  // What belongs to rows [begin, end) of panels of T.
+  template <typename T>
+  Ahead Part(int64_t begin, int64_t end) const {
+    const int64_t first = begin / Panel<T>::kGroup * group_lines;
+    return {data + first * line, stride, end / Panel<T>::kGroup * group_lines - first, line, group_lines};
+  }
+
+  // With equal shares for `tiles` tiles of a panel, each of which can ask for `most` lines. As many as they
+  // can at once would come in bursts that memory is too slow for, and other loads would wait for them.
+  Ahead Shared(int64_t tiles, int64_t most) const {
+    const int64_t equal = (lines + tiles - 1) / tiles;
+    return {data, stride, lines, line, group_lines, equal < most ? equal : most};
+  }
+
+  // The share of tile `tile` of the panel of `column`. A tile that has nothing to ask for asks for the panel
+  // that it reads itself, from `own`: so the other half comes along.
+  Asking From(int64_t column, int64_t tile, const char* own) const {
+    const int64_t begin = tile * share, end = begin + share < lines ? begin + share : lines;
+    if (begin >= end) return {own, 64, own + kKBlock * kPackedColumns * 4};
+    const char* const first = data + column / kPackedColumns * stride;
+    return {first + begin * line, line, first + (end - 1) * line};
+  }
+};
+
+// The part of a weight that is `below` rows below and `beside` columns beside `block`, whose panels these
+// are.
+template <typename T>
+Ahead AheadOf(const Weight& weight, const Panels& panels, const Block& block, int64_t below, int64_t beside) {
+  constexpr int64_t kGroup = Panel<T>::kGroup;
+  if (weight.packed) {
+    constexpr int64_t kLines = kGroupBytes<T> / 64;
+    return {panels.data + below / kGroup * kGroupBytes<T> + beside / kPackedColumns * panels.bytes,
+            panels.bytes, block.rows / kGroup * kLines, 64, kLines};
+  }
+  constexpr int64_t kBytes = kPackedColumns * static_cast<int64_t>(sizeof(T)) / kPerItem<T>;
+  // Packing a transposed weight asks for what comes next itself, and rows of float32 have two lines each.
+  if (weight.col_stride != 1 || kBytes > 64) return {};
+  const T* const next = PlainAt<T>(weight, block.expert, block.k + below, block.column + beside);
+  return {reinterpret_cast<const char*>(next), kBytes, block.rows, RowBytes<T>(weight), kGroup};
+}
+
+}  // namespace
+}  // namespace ffn::cpu
