@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models of many families of Hugging Face, their inputs, and what their calls of the operators were.
 
-test_patch.py and test_patch_experts.py patch them.
+test_patch.py, test_patched.py and test_patch_experts.py patch them.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ffn_ops/patch.py: what becomes of models of many families, of blocks that only look like one, and of all
-that users do with a model afterwards.
+"""ffn_ops/patch.py: what becomes of models of many families, and of blocks that only look like one.
+test_patched.py has what users do with a model afterwards.
 
 Two things make a patched model right, and each has its own proof. What flows where: with the operators
 replaced by the steps that they stand for, the model gives its own bits. What the operators answer: each call
@@ -9,14 +9,13 @@ that a model makes is held to tolerance.py's bound.
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import SEEN_BY_TRIAL, TRAPS, Inline, mlp, outcome
 from families import FAMILIES, T5, TEXT, arrays, hf, inputs, make, run
 from native import KERNELS
 from strategies import to_numpy
@@ -195,11 +194,6 @@ def test_training_is_bit_for_bit_what_it_was(family: str, calls: Any):
     assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())
 
 
-def mlp(activation: nn.Module, bias: bool = True) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16, bias=bias), activation, nn.Linear(16, 8, bias=bias)).eval()
-
-
 def integers(model: nn.Module) -> nn.Module:
     """Small whole numbers for parameters: relu's results and gradients are then exact."""
     with torch.no_grad():
@@ -265,119 +259,6 @@ def test_activations_are_known_by_what_they_compute(form: str, activation: Any, 
             assert report == [("", "Sequential", f"not patched: {why}", False)]
 
 
-class Inline(nn.Module):
-    """fc1, an activation and fc2 amid code that `body` is."""
-
-    def __init__(self, body: Callable[[Any, Tensor], Tensor]):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
-        self.dropout = nn.Dropout(0.5)
-        self.body = body
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
-def twice(m: Any, x: Tensor) -> Tensor:
-    return m.fc2(m.act(m.act(m.fc1(x)) - 0.1))
-
-
-def used_beside(m: Any, x: Tensor) -> Tensor:
-    h = m.act(m.fc1(x))
-    return m.fc2(h) * h.mean()
-
-
-def in_place(m: Any, x: Tensor) -> Tensor:
-    h = m.act(m.fc1(x))
-    h += 1
-    return m.fc2(h)
-
-
-def method_in_place(m: Any, x: Tensor) -> Tensor:
-    h = m.fc1(x)
-    h.mul_(2)
-    return m.fc2(m.act(h))
-
-
-def written_through(m: Any, x: Tensor) -> Tensor:
-    h = m.act(m.fc1(x))
-    h[..., :4] = 0
-    return m.fc2(h)
-
-
-def out_of(m: Any, x: Tensor) -> Tensor:
-    h = m.act(m.fc1(x))
-    torch.mul(h, 3, out=h.data)
-    return m.fc2(h)
-
-
-def x_changes(m: Any, x: Tensor) -> Tensor:
-    x = x.clone()
-    h = m.act(m.fc1(x))
-    x += 1
-    return m.fc2(h) + x
-
-
-def x_changes_early(m: Any, x: Tensor) -> Tensor:
-    x = x.clone()
-    h = m.fc1(x)
-    x += 1
-    return m.fc2(m.act(h)) + x
-
-
-def keeps(m: Any, x: Tensor) -> Tensor:
-    m.kept = m.act(m.fc1(x))
-    return m.fc2(m.kept)
-
-
-def branches(m: Any, x: Tensor) -> Tensor:
-    h = m.act(m.fc1(x))
-    return m.fc2(h) if h.sum() > 0 else m.fc2(-h)
-
-
-TRAPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "activation twice": twice,
-    "twice in a row": lambda m, x: m.fc2(m.act(m.act(m.fc1(x)))),
-    "sum between": lambda m, x: m.fc2(m.act(m.fc1(x)) + 1),
-    "sum from the left": lambda m, x: m.fc2(1 + m.act(m.fc1(x))),
-    "minus": lambda m, x: m.fc2(-m.act(m.fc1(x))),
-    "gate": lambda m, x: m.fc2(m.act(m.fc1(x)) * m.fc1(x)),
-    "power": lambda m, x: m.fc2(m.act(m.fc1(x)) ** 2),
-    "slice": lambda m, x: m.fc2(m.act(m.fc1(x))[..., :16].flip(-1)),
-    "no activation": lambda m, x: m.fc2(m.fc1(x)),
-    "before it": lambda m, x: m.fc2(m.act(m.fc1(x) * 2)),
-    "concatenation": lambda m, x: m.fc2(torch.cat([m.act(m.fc1(x))] * 2, -1)[..., 8:24]),
-    "used beside": used_beside,
-    "in place": in_place,
-    "a method in place": method_in_place,
-    "written through": written_through,
-    "out=": out_of,
-    "branches": branches,
-    "x changes": x_changes,
-    "x changes early": x_changes_early,
-    "active dropout": lambda m, x: m.fc2(F.dropout(m.act(m.fc1(x)), 0.5, training=True)),
-    "another input": lambda m, x: m.fc2(m.act(m.fc1(x)) * 0 + x.repeat(1, 2)),
-    "functional": lambda m, x: F.linear(m.act(m.fc1(x)), m.fc2.weight) + m.fc2.bias,
-    "numpy": lambda m, x: m.fc2(torch.as_tensor(np.asarray(m.act(m.fc1(x)).detach()))),
-    "comparison": lambda m, x: m.fc2((m.act(m.fc1(x)) > 0.1).float()),
-    "backwards": lambda m, x: m.fc1(m.act(m.fc2(x.repeat(1, 2)))).narrow(-1, 0, 8),
-}
-each_trap = pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
-# Python tells a stand-in from a tensor, so only the trial can see these.
-SEEN_BY_TRIAL: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "asks for the type": lambda m, x: m.fc2(h * 3 if isinstance(h := m.act(m.fc1(x)), Tensor) else h),
-    "asks torch for it": lambda m, x: m.fc2(h * 3 if torch.is_tensor(h := m.act(m.fc1(x))) else h),
-    "keeps it": keeps,
-}
-
-
-def outcome(model: nn.Module, x: Tensor) -> Tensor:
-    torch.manual_seed(3)
-    return model(x)
-
-
 @pytest.mark.parametrize("trap", [*TRAPS.values(), *SEEN_BY_TRIAL.values()], ids=[*TRAPS, *SEEN_BY_TRIAL])
 def test_a_block_that_does_anything_else_is_not_patched(trap: Any, calls: Any):
     model, x = Inline(trap), torch.randn(3, 8)
@@ -409,150 +290,6 @@ def test_x_may_change_where_no_trial_sees_it():
         expected = model(torch.ones(5, 8))
         assert patch(model).changed == 1
         torch.testing.assert_close(model(torch.ones(5, 8)), expected)
-
-
-def test_global_hooks_see_tensors(calls: Any):
-    model = mlp(nn.ReLU())
-    patch(model)
-    calls.clear()
-    seen: list[type] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(y)))
-    try:
-        model(torch.randn(3, 8))
-    finally:
-        handle.remove()
-    assert set(seen) == {Tensor} and not calls
-    handle = nn.modules.module.register_module_full_backward_hook(lambda m, gx, gy: None)
-    try:
-        model(torch.randn(3, 8, requires_grad=True))
-    finally:
-        handle.remove()
-    assert not calls
-
-
-def test_transforms_of_torch_func_and_forward_mode_work_as_before(calls: Any):
-    model, x = mlp(nn.GELU()), torch.randn(3, 8)
-
-    def tangent() -> Tensor:
-        return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
-
-    def gradient() -> Tensor:
-        return torch.func.grad(lambda x: model(x).square().sum())(x)
-
-    expected = tangent(), gradient()
-    patch(model)
-    calls.clear()
-    assert all(torch.equal(a, b) for a, b in zip((tangent(), gradient()), expected, strict=True))
-    assert not calls
-
-
-@each_trap
-def test_a_patched_block_that_turns_into_anything_else_computes_that(trap: Any, calls: Any):
-    """Nothing rests on what the block did while it was patched."""
-    model, x = Inline(trap), torch.randn(3, 8)
-    with torch.no_grad():
-        y = outcome(model, x)
-        model.body = lambda m, x: m.fc2(m.dropout(m.act(m.fc1(x))))
-        assert patch(model).changed == 1
-        model.body = trap
-        calls.clear()
-        if trap in (x_changes, x_changes_early):
-            with pytest.raises(RuntimeError, match="x of a patched feed-forward block was changed in place"):
-                model(x)
-        elif trap is used_beside:  # fused, and computed once more for who else asks
-            assert torch.allclose(outcome(model, x), y, rtol=1e-5, atol=1e-6) and len(calls) == 1
-        else:
-            assert torch.equal(outcome(model, x), y) and not calls
-
-
-@pytest.mark.parametrize("where", ["fc1", "act", "fc2"])
-def test_hooks_see_tensors(where: str):
-    model, x = Inline(lambda m, x: m.fc2(m.act(m.fc1(x)))), torch.randn(3, 8)
-    patch(model)
-    seen: list[Any] = []
-    module = model.get_submodule(where)
-    removable = [
-        module.register_forward_hook(lambda module, args, y: seen.extend((*args, y))),
-        module.register_forward_pre_hook(lambda module, args: seen.extend(args)),
-    ]
-    y = model(x)
-    assert len(seen) == 3 and all(type(value) is Tensor for value in seen)
-    for handle in removable:
-        handle.remove()
-    assert torch.allclose(model(x), y, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("where", ["intermediate", "output"])
-def test_hooks_of_modules_that_share_a_block_see_tensors(where: str, calls: Any):
-    model = make("Bert")
-    patch(model)
-    seen: list[Any] = []
-    module = model.encoder.layer[0].get_submodule(where)
-    module.register_forward_hook(lambda module, args, y: seen.extend((*args, y)))
-    calls.clear()
-    run(model)
-    assert seen and all(isinstance(value, Tensor) for value in seen)
-    assert len(calls) == 1  # the other layer's
-
-
-def test_layers_that_are_wrapped_afterwards_compute_what_the_wrapper_says():
-    """As adapters do: another module in the layer's place, or another forward on it."""
-    model, x = Inline(lambda m, x: m.fc2(m.act(m.fc1(x)))), torch.randn(3, 8)
-    plain = copy.deepcopy(model)
-    patch(model)
-
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Module):
-            super().__init__()
-            self.base, self.low = base, nn.Linear(8, 16, bias=False)
-            nn.init.ones_(self.low.weight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.low(x)
-
-    for m in (plain, model):
-        m.fc1 = Adapter(m.fc1)
-        m.fc2.forward = lambda h, forward=m.fc2.forward: forward(2 * h)
-    assert torch.equal(model(x), plain(x))
-
-
-def test_whatever_the_operator_does_not_take_is_computed_as_before(calls: Any):
-    model = mlp(nn.GELU())
-    plain = copy.deepcopy(model)
-    patch(model)
-    x = torch.randn(3, 8)
-    calls.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(x), plain(x))
-    assert torch.equal(model(x[0]), plain(x[0]))  # one dimension
-    assert torch.equal(model.double()(x.double()), plain.double()(x.double()))
-    with pytest.raises(RuntimeError, match="dtype"):
-        model(x)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        model.float()(x[:, :7])
-    assert not calls
-    assert model(x[:0]).shape == (0, 8)
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("without", ["fc1", "act", "fc2"])
-def test_gradient_modes_of_each_step_are_kept(without: str):
-    def body(m: Any, x: Tensor) -> Tensor:
-        for name in ("fc1", "act", "fc2"):
-            with torch.set_grad_enabled(name != without):
-                x = m.get_submodule(name)(x)
-        return x
-
-    seen = []
-    for change in (unpatch, patch):
-        model, x = Inline(lambda m, x: m.fc2(m.act(m.fc1(x)))), torch.randn(3, 8)
-        change(model)
-        model.body = body
-        y = model(x)
-        if y.requires_grad:
-            y.sum().backward()
-        seen.append([parameter.grad is None for parameter in model.parameters()])
-    assert seen[0] == seen[1]
 
 
 def test_patching_twice_changes_nothing_and_says_so():
@@ -644,82 +381,6 @@ def test_a_model_on_the_meta_device_is_patched_before_it_is_loaded():
     patch(model)
     with torch.no_grad():
         assert torch.equal(run(empty), run(model))
-
-
-def test_a_class_that_came_after_ours_is_left_and_named():
-    model = mlp(nn.ReLU())
-    patch(model)
-    model[0].__class__ = type("Sharded", (type(model[0]),), {})
-    reason = "still patched: its class was changed after patch (undo that, then unpatch again)"
-    assert unpatch(model)[-1] == ("0", "Sharded", reason, False)
-
-
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_a_forward_that_came_after_ours_is_left_and_named(where: int, calls: Any):
-    """As hooks that replace forward do, and put the old one back into the instance."""
-    model, x = mlp(nn.ReLU()), torch.randn(3, 8)
-    expected, kind = model(x), type(model[where])
-    patch(model)
-    before = model[where].forward
-    model[where].forward = lambda *args: before(*args)
-    calls.clear()
-    assert torch.equal(model(x), expected) and not calls
-    reason = "still patched: its forward was changed after patch (undo that, then unpatch again)"
-    assert unpatch(model)[-1] == (str(where), kind.__name__, reason, False)
-    assert torch.equal(model(x), expected) and not calls
-    model[where].forward = before
-    unpatch(model)
-    assert type(model[where]) is kind and torch.equal(model(x), expected)
-
-
-def test_a_changed_activation_computes_what_it_says_now():
-    model, x = mlp(Scaled()), torch.randn(3, 8)
-    assert patch(model).changed == 1
-    model.eval()
-    first = model(x)
-    model[1].scale = 2.0
-    y = model(x)
-    unpatch(model)
-    assert torch.equal(model(x), y) and not torch.equal(first, y)
-
-
-class Scaled(nn.Module):
-    scale = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * torch.clamp(x, min=0)
-
-
-@pytest.mark.parametrize("where", [0, 2])
-def test_a_layer_that_is_compiled_alone_hands_on_what_it_should(where: int):
-    model, x = mlp(nn.ReLU()), torch.randn(3, 8)
-    expected = model(x)
-    patch(model)
-    model[where].compile(backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected)
-
-
-def test_a_state_of_ones_own_is_pickled():
-    model = mlp(Leaky())
-    patch(model)
-    copied = pickle.loads(pickle.dumps(model))
-    x = torch.randn(3, 8)
-    assert torch.equal(copied(x), model(x)) and not hasattr(copied[1], "cache")
-    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    with pytest.raises(RuntimeError, match="parametrized"):
-        pickle.dumps(model)
-
-
-class Leaky(nn.ReLU):
-    """An activation with something that cannot be pickled, and leaves it out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache = lambda x: x
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "cache"}
 
 
 @pytest.mark.parametrize("change", [patch, unpatch])
