@@ -57,10 +57,7 @@ def test_transforms_of_torch_func_and_forward_mode_work_as_before(calls: Any):
     assert not calls
 
 
-each_trap = pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
-
-
-@each_trap
+@pytest.mark.parametrize("trap", TRAPS.values(), ids=list(TRAPS))
 def test_a_patched_block_that_turns_into_anything_else_computes_that(trap: Any, calls: Any):
     """Nothing rests on what the block did while it was patched."""
     model, x = Inline(trap), torch.randn(3, 8)
