@@ -32,6 +32,9 @@ UNIFORM = "uniform"
 SKEWED = ("zipf", "one-expert", "empty-experts")
 SEED = 20260101
 EVICTED_BY = "reading"  # how caches are emptied before a cold sample, as results files say
+# Starts with weights that are out of the caches. A peer in a process of its own would else find its weights
+# there, and those who share one would not.
+EVICTED = ("cold", "idle")
 # Rows up to which a call starts with cold weights: such a call reads each weight once, as decoding does
 # between other layers. With more rows the weights stay in use, and a call starts warm.
 COLD_ROWS = {"dense": 128, "moe": 64, "encoder": 0}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import machine
+from benchmarks.cases import EVICTED
 
 CLEAN = 5  # no figure from fewer samples than this
 ENOUGH = 25
@@ -40,7 +41,7 @@ class Start:
     def __init__(self, start: str, rest: bool = False) -> None:
         self.start, self.rest = start, rest
         # Ones, since untouched zeros are all the same page.
-        self._buffer = torch.ones(evict_bytes() // 8, dtype=torch.int64) if start == "cold" else None
+        self._buffer = torch.ones(evict_bytes() // 8, dtype=torch.int64) if start in EVICTED else None
 
     def __call__(self) -> None:
         if self._buffer is not None:

@@ -331,10 +331,10 @@ def publish(sources: list[Path], page: Path) -> list[Path]:
         f"Generated from {links} by `python -m benchmarks --publish`; do not edit. The files have every "
         "figure, its quartiles and its samples, of every peer.",
         "",
-        "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: the "
-        "threads have slept. of limit: the least time that the limit named allows, over the time. Best "
-        "peer: the fastest of those whose answer is within the cell's bound; one in a process of its own is "
-        'compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
+        "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: they are, "
+        "and the threads have slept. of limit: the least time that the limit named allows, over the time. "
+        "Best peer: the fastest of those whose answer is within the cell's bound; one in a process of its "
+        'own is compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
         "error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]

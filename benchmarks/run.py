@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import encoder, machine
-from benchmarks.cases import COLD_ROWS, EVICTED_BY, SEED, SKEWED, UNIFORM, Mode, Shape
+from benchmarks.cases import COLD_ROWS, EVICTED, EVICTED_BY, SEED, SKEWED, UNIFORM, Mode, Shape
 from benchmarks.peers import load
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +253,7 @@ def set_limit(cell: dict[str, Any], limits: dict[str, float], last_cache: int) -
         return  # every worker of this cell died
     name, rate = machine.compute_limit(limits, Mode(cell["mode"]).row.x)
     times = {name: cell["operations"] / rate}
-    if cell["start"] == "cold" or cell["bytes"] > last_cache:
+    if cell["start"] in EVICTED or cell["bytes"] > last_cache:
         times["dram"] = cell["bytes"] / limits["dram"]
     cell["limit"] = max(times, key=lambda which: times[which])
     cell["limit_seconds"] = times[cell["limit"]]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import encoder, machine, measure
-from benchmarks.cases import Case, Shape, Weights
+from benchmarks.cases import EVICTED, Case, Shape, Weights
 from benchmarks.check import Answer, Verdict
 from benchmarks.peers import Call, Peer, load
 
@@ -77,7 +77,7 @@ def main() -> None:
                     results[peer.name] = {"status": "slow", "reason": reason}
                 elif results[peer.name]["status"] == "slow":
                     slow[peer.name] = min(cell["M"], slow.get(peer.name, cell["M"]))
-            facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start == "cold" else 0}
+            facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start in EVICTED else 0}
             lines.write(json.dumps({"facts": facts, "results": results}) + "\n")
 
 

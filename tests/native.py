@@ -46,7 +46,7 @@ BOUNDARY = {
     name: dict.fromkeys(("w8a16", "w8a16_bf16", "w4a16", "w4a16_bf16"), 16) for name in SUPPORTED_ISAS
 }
 if "amx" in BOUNDARY:
-    BOUNDARY["amx"]["fp16"] = 16
+    BOUNDARY["amx"]["fp16"] = 24
 if "avx512_bf16" in BOUNDARY:
     BOUNDARY["avx512_bf16"] = {"w8a16": 8, "w8a16_bf16": 8, "w4a16": 32, "w4a16_bf16": 32}
 _INT4 = np.dtype(ml_dtypes.int4)

@@ -21,6 +21,10 @@ struct Asking {
     for (int64_t i = 0; i < kLinesEach; ++i, at += line) __builtin_prefetch(at, 0, 2);
     at = at < last ? at : last;
   }
+  // So many lines of them.
+  void Next(int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i, at = at < last ? at + line : last) __builtin_prefetch(at, 0, 2);
+  }
 };
 
 // What will be read after the panels that are being multiplied: for each of them so many lines, `stride`
@@ -30,19 +34,34 @@ struct Ahead {
   int64_t stride, lines, line;
   int64_t group_lines;  // of a group of rows
   int64_t share = 0;    // of a tile, in lines
+  // What follows the panel of `last_column` is elsewhere, so many bytes from `data`.
+  int64_t last_column = -1, after_last = 0;
 
   // What belongs to rows [begin, end) of panels of T.
   template <typename T>
   Ahead Part(int64_t begin, int64_t end) const {
     const int64_t first = begin / Panel<T>::kGroup * group_lines;
-    return {data + first * line, stride, end / Panel<T>::kGroup * group_lines - first, line, group_lines};
+    Ahead part = *this;
+    part.data += first * line;
+    part.lines = end / Panel<T>::kGroup * group_lines - first;
+    return part;
   }
 
   // With equal shares for `tiles` tiles of a panel, each of which can ask for `most` lines. As many as they
   // can at once would come in bursts that memory is too slow for, and other loads would wait for them.
   Ahead Shared(int64_t tiles, int64_t most) const {
     const int64_t equal = (lines + tiles - 1) / tiles;
-    return {data, stride, lines, line, group_lines, equal < most ? equal : most};
+    Ahead shared = *this;
+    shared.share = equal < most ? equal : most;
+    return shared;
+  }
+
+  // With the panel of `column` for the last, and `after` read then.
+  Ahead Until(int64_t column, const char* after) const {
+    Ahead until = *this;
+    until.last_column = column;
+    until.after_last = after - data;
+    return until;
   }
 
   // The share of tile `tile` of the panel of `column`. A tile that has nothing to ask for asks for the panel
@@ -50,7 +69,7 @@ struct Ahead {
   Asking From(int64_t column, int64_t tile, const char* own) const {
     const int64_t begin = tile * share, end = begin + share < lines ? begin + share : lines;
     if (begin >= end) return {own, 64, own + kKBlock * kPackedColumns * 4};
-    const char* const first = data + column / kPackedColumns * stride;
+    const char* const first = data + (column == last_column ? after_last : column / kPackedColumns * stride);
     return {first + begin * line, line, first + (end - 1) * line};
   }
 };

@@ -15,65 +15,131 @@ namespace {
 // The steps of a tile along k: 32 bf16 or 64 int8.
 constexpr int64_t kStepBytes = kTileHeight * kPackedColumns * 4;  // of a panel
 
-// How often a step asks for what comes next: four blocks of rows then ask for as much as a panel has.
-constexpr int64_t kAsksEach = 4;
+// Whether MultiplyPlane begins sums, so that nobody has to.
+constexpr bool kBeginsSums = true;
 
 // What the instructions need while they are in use.
 using Multiplication = TileSession;
 
-// kRowTiles x kColumnTiles tiles of c (float32 or int32), at most 2 x 2, += `steps` steps of a and a panel.
-template <bool kInt, int kRowTiles, int kColumnTiles>
-void MultiplyBlock(const char* a, int64_t a_step, const char* panel, int64_t steps, Asking ahead, char* c,
-                   int64_t c_stride) {
+// What `blocks` blocks of rows ask for in `steps` steps each, by equal shares: each line that is on its way
+// takes one of the places that tiles from the second-level cache need, too.
+struct Asks {
+  Ahead ahead;
+  int64_t each;  // lines a step
+
+  Asks(const Ahead& all, int64_t blocks, int64_t steps)
+      : ahead(all.Shared(blocks, all.lines)), each((ahead.share + steps - 1) / steps) {}
+};
+
+// A row of sums of nothing, which whatever is added leaves as it is (Clear in gemm-inl.h).
+template <bool kInt>
+struct alignas(64) NoSums {
+  uint32_t bits[kPackedColumns];
+  constexpr NoSums() : bits() {
+    for (uint32_t& sum : bits) sum = kInt ? 0 : 0x80000000;
+  }
+};
+
+// kRowTiles x 2 tiles of c (float32 or int32) = `from` + `steps` steps of a and a panel. kNear: the panel is
+// in a cache already. kPasses: 1, or 2 with the left operand's rest as well, which is `plane` bytes behind
+// it, or 3 with the panel's rest, too, times the left operand without its own. Step by step, so that sums
+// wait in registers for all of them.
+template <bool kInt, int kPasses, int kRowTiles, bool kNear>
+inline __attribute__((always_inline)) void MultiplyBlock(const char* a, int64_t a_step, int64_t plane,
+                                                         const char* panel, int64_t steps, Asking panels,
+                                                         int64_t panel_lines, Asking rows, int64_t row_lines,
+                                                         const char* from, int64_t from_stride, char* c,
+                                                         int64_t c_stride) {
   constexpr int64_t kColumnBytes = kTileHeight * 4, kPanelRow = kPackedColumns * 4;
   const auto each = [&](auto use) __attribute__((always_inline)) {
-    use(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
-    if constexpr (kColumnTiles > 1) use(std::integral_constant<int, 0>(), std::integral_constant<int, 1>());
-    if constexpr (kRowTiles > 1) use(std::integral_constant<int, 1>(), std::integral_constant<int, 0>());
-    if constexpr (kRowTiles > 1 && kColumnTiles > 1) {
-      use(std::integral_constant<int, 1>(), std::integral_constant<int, 1>());
-    }
+    Unrolled<kRowTiles>([&](auto i) __attribute__((always_inline)) {
+      Unrolled<2>([&](auto j) __attribute__((always_inline)) { use(i, j); });
+    });
   };
   each([&](auto i, auto j) {
-    LoadTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride);
+    LoadTile<2 * i + j>(from + i * kTileHeight * from_stride + j * kColumnBytes, from_stride);
   });
+  [[maybe_unused]] Asking rest_rows = {rows.at + plane, rows.line, rows.last + plane};
   for (int64_t s = 0; s < steps; ++s, a += a_step, panel += kStepBytes) {
-    for (int64_t line = 0; line < kStepBytes; line += 64) AskFor(panel + line);
-    for (int64_t times = 0; times < kAsksEach; ++times) ahead.Next();
-    LoadTile<4>(a, kTileRowBytes);
-    if constexpr (kRowTiles > 1) LoadTile<5>(a + kTileHeight * kTileRowBytes, kTileRowBytes);
-    LoadTile<6>(panel, kPanelRow);
-    if constexpr (kColumnTiles > 1) LoadTile<7>(panel + kColumnBytes, kPanelRow);
-    each([&](auto i, auto j) { MultiplyTiles<kInt, i, j>(); });
+    if constexpr (!kNear) {
+      for (int64_t line = 0; line < kStepBytes; line += 64) AskFor(panel + line);
+    }
+    panels.Next(panel_lines);
+    rows.Next(row_lines);
+    if constexpr (kPasses > 1) rest_rows.Next(row_lines);
+    const auto load_rows = [&](const char* from) __attribute__((always_inline)) {
+      LoadTile<4>(from, kTileRowBytes);
+      if constexpr (kRowTiles > 1) LoadTile<5>(from + kTileHeight * kTileRowBytes, kTileRowBytes);
+    };
+    const auto load_panel = [&](const char* from) __attribute__((always_inline)) {
+      LoadTile<6>(from, kPanelRow);
+      LoadTile<7>(from + kColumnBytes, kPanelRow);
+    };
+    const auto multiply = [&](auto i, auto j) { MultiplyTiles<kInt, i, j>(); };
+    load_panel(panel);
+    if constexpr (kPasses > 1) {
+      load_rows(a + plane);
+      each(multiply);
+    }
+    load_rows(a);
+    each(multiply);
+    if constexpr (kPasses > 2) {
+      load_panel(panel + kRestBytes);
+      each(multiply);
+    }
   }
   each([&](auto i, auto j) {
     StoreTile<2 * i + j>(c + i * kTileHeight * c_stride + j * kColumnBytes, c_stride);
   });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T. Up to 15 rows
-// beyond the last are written too.
-template <typename T>
+// What is read after `steps` steps of the left operand, which `panels` panels meet: as many of the next ones,
+// or after the last the first ones again. Where these are all, the caches have them.
+inline Ahead RowsAfter(const char* a, const LeftRows& left, int64_t steps, int64_t panels) {
+  const int64_t all = left.Blocks(), next = (a - left.data) / (left.rows * kTileRowBytes) + steps;
+  if (steps >= all) return {};
+  static_assert(kTileRowBytes == 64, "a row of a tile is a line");
+  const int64_t lines = (steps * left.rows + panels - 1) / panels;
+  return {left.data + (next < all ? next : 0) * left.rows * kTileRowBytes, lines * 64, lines, 64, 0};
+}
+
+// c[left.rows][stride] += `steps` steps of the left operand times panels of T, in kPasses (MultiplyBlock).
+// `begins`: c has no sums yet, which saves clearing it. Up to 15 rows beyond the last are written too.
+template <typename T, int kPasses = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
-                   const Ahead& ahead, float* c, int64_t stride) {
+                   const Ahead& ahead, float* c, int64_t stride, bool begins) {
   constexpr bool kInt = std::is_same_v<T, int8_t>;
-  const int64_t a_step = left.rows * kTileRowBytes;
-  // Each block of rows asks for as much as it can.
-  const Ahead asked =
-      (left.rows > 2 * kTileHeight ? ahead : Ahead{}).Shared(1, steps * kAsksEach * Asking::kLinesEach);
+  static constexpr NoSums<kInt> kNoSums;
+  const int64_t a_step = left.rows * kTileRowBytes, plane = kPasses > 1 ? left.PlaneBytes() : 0;
+  const int64_t blocks = (left.rows + 2 * kTileHeight - 1) / (2 * kTileHeight);
+  const Asks panels_asked(blocks > 1 ? ahead : Ahead{}, blocks, steps);
+  const Asks rows_asked(RowsAfter(a, left, steps, (columns + kPackedColumns - 1) / kPackedColumns), blocks,
+                        steps);
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;
     for (int64_t r = 0; r < left.rows; r += 2 * kTileHeight) {
-      (left.rows - r > kTileHeight ? MultiplyBlock<kInt, 2, 2>
-                                   : MultiplyBlock<kInt, 1, 2>)(a + r * kTileRowBytes, a_step, panel, steps,
-                                                                asked.From(n, r / (2 * kTileHeight), panel),
-                                                                reinterpret_cast<char*>(c + r * stride + n),
-                                                                stride * 4);
+      const int64_t block = r / (2 * kTileHeight);
+      char* const to = reinterpret_cast<char*>(c + r * stride + n);
+      const auto multiply = [&](auto tiles, auto near) __attribute__((always_inline)) {
+        MultiplyBlock<kInt, kPasses, tiles, near>(a + r * kTileRowBytes, a_step, plane, panel, steps,
+                                                  panels_asked.ahead.From(n, block, panel), panels_asked.each,
+                                                  rows_asked.ahead.From(n, block, a), rows_asked.each,
+                                                  begins ? reinterpret_cast<const char*>(kNoSums.bits) : to,
+                                                  begins ? 0 : stride * 4, to, stride * 4);
+      };
+      const bool both = left.rows - r > kTileHeight;
+      if (blocks > 1) {
+        both ? multiply(std::integral_constant<int, 2>(), std::true_type())
+             : multiply(std::integral_constant<int, 1>(), std::true_type());
+      } else {
+        both ? multiply(std::integral_constant<int, 2>(), std::false_type())
+             : multiply(std::integral_constant<int, 1>(), std::false_type());
+      }
     }
   }
 }
 
-// The tile that the products are added to.
+// The tile that the products are added to, where MultiplyPlane does not begin them.
 inline void BeginSums(const Wave& wave, const LeftRows& left, const Columns& columns, float* tile) {
   Clear(wave, columns, (left.rows + kTileHeight - 1) / kTileHeight * kTileHeight, tile);
 }

@@ -25,6 +25,9 @@ constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
 constexpr int64_t kStepWords = 16;
 constexpr int64_t kStepBytes = kStepWords * kPackedColumns * 4;
 
+// Nothing here begins sums: BeginSums has.
+constexpr bool kBeginsSums = false;
+
 // What the instructions need while they are in use: nothing.
 struct Multiplication {
   ~Multiplication() {}
@@ -218,7 +221,7 @@ void DotTile(const DotRange& range, int64_t row, int64_t column) {
 // c[left.rows][stride] += `steps` steps of a plane of the left operand, or of kPlanes, times panels of T.
 template <typename T, int kPlanes = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
-                   const Ahead& ahead, float* c, int64_t stride) {
+                   const Ahead& ahead, float* c, int64_t stride, bool /* begins: never */) {
   const int64_t tiles = (left.rows + kDotRows - 1) / kDotRows;
   const DotRange range = {
       a,

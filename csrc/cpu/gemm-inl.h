@@ -354,10 +354,10 @@ inline int64_t PanelDepth(int64_t columns) {
 
 // Expanding a panel, or several passes, must pay: so many rows of an expert take integer weights that were
 // scaled first, or fp16 through bf16. Fewer convert on the way, and scale sums. It is the one place where a
-// row's bits depend on how many an expert has. 16 is what a tile of AMX has; the others were measured (Zen
-// 4).
+// row's bits depend on how many an expert has. 16 is what a tile of AMX has; the others were measured (24 on
+// AMX, whose fp16 weights take three passes; Zen 4).
 constexpr int64_t FewestRows(DType weight) {
-  if (!kReadsNibbles) return 16;
+  if (!kReadsNibbles) return weight == DType::kFloat16 ? 24 : 16;
   return weight == DType::kInt4 ? 32 : 8;
 }
 

@@ -49,7 +49,7 @@ bool Supported(const Kernels& kernels) {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (&kernels == &kAvx512VnniKernels) return vnni;
   if (&kernels == &kAvx512Bf16Kernels) return vnni && __builtin_cpu_supports("avx512bf16");
-  if (&kernels == &kAmxKernels) return avx512 && MayUseTiles();
+  if (&kernels == &kAmxKernels) return avx512 && __builtin_cpu_supports("avx512bf16") && MayUseTiles();
 #elif defined(__aarch64__)
   // Armv8.2-A, which it is compiled for, has no bit of its own; every CPU with dot products is one.
   const unsigned long has = getauxval(AT_HWCAP), has2 = getauxval(AT_HWCAP2);

@@ -112,6 +112,9 @@ struct alignas(64) TaskScratch {
   float row[kKBlock];                   // of the left operand as float32
 };
 
+// In TaskScratch::panel, from pairs of bf16 to those that rounding left over.
+constexpr int64_t kRestBytes = kPanelSize * 2;
+
 // Tokens whose experts' results are summed: slot s of token t is row t * top_k + s of `results`, and counts
 // when `present` says so.
 struct Combination {

@@ -80,7 +80,9 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
       Unrolled<kRows / Layout::kGroup>([&](auto g) {
         const int64_t row = k + g * Layout::kGroup;
         if (row < end) {
-          const auto vector = Load<typename Layout::Vector>(from.At<T>(row, n));
+          const char* const at = from.At<T>(row, n);
+          AskFor(at);
+          const auto vector = Load<typename Layout::Vector>(at);
           Unrolled<Layout::kGroup>([&](auto i) {
             const F32 element = Layout::template Element<i>(vector);
             w[g * Layout::kGroup + i] = kWhat == Expansion::kScaled ? (element + offset) * scale : element;
@@ -93,11 +95,14 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
       });
       for (int64_t i = 0; i < kRows; i += 2) {
         const int64_t pair = at + (k + i) / 2 * kPackedColumns * 4;
-        Store(to + pair, PairOfBf16(w[i], w[i + 1]));
         if constexpr (kWhat == Expansion::kSplit) {
-          const F32 low_rest = w[i] - Round(Rounding::kBf16, w[i]);  // NaN of infinities; Repeat sees to them
-          const F32 high_rest = w[i + 1] - Round(Rounding::kBf16, w[i + 1]);
+          U32 low, high;
+          const F32 low_rest = RestOfHalf(w[i], &low), high_rest = RestOfHalf(w[i + 1], &high);
+          Store(to + pair, low >> 16 | high);
+          // The rests are bf16 already.
           Store(rest + pair, Bits(low_rest) >> 16 | (Bits(high_rest) & 0xffff0000));
+        } else {
+          Store(to + pair, PairOfBf16(w[i], w[i + 1]));
         }
       }
     }
@@ -142,6 +147,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   const bool reads_nibbles = kReadsNibbles && std::is_same_v<T, Int4Pair> && scales_sums;
 #if FFN_DOT_BF16 && defined(FFN_AVX512)
   if (reads_nibbles && left.rows <= kFewRows) {
+    BeginSums(wave, left, columns, tile);
     return (left.left == Left::kSplit ? MultiplyNibbles<Half>
                                       : MultiplyNibbles<BFloat>)(product, segment, columns, tile, scratch);
   }
@@ -153,12 +159,18 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says
   // how long its blocks are, and all of the task's columns stand side by side.
   const bool in_place = weight.packed && (as_it_is || reads_nibbles);
-  const int64_t cached = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
-  const int64_t depth = in_place && as_it_is && cached > kKBlock ? cached / kKBlock * kKBlock : kKBlock;
+  // Where blocks are many, the next one is asked for while this one is multiplied, and needs room as well.
+  const int64_t fits = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
+  const int64_t cached = kBeginsSums && fits < product.K ? fits / 2 : fits;
+  // Panels and their rests share the first-level cache with the rows that meet them.
+  const int64_t shallow = kSplit ? kKBlock / 2 : kKBlock;
+  const int64_t depth = in_place && as_it_is && cached > kKBlock ? cached / kKBlock * kKBlock : shallow;
   const int64_t width = in_place ? columns.columns : kMinColumns;
   const Multiplication multiplication;
+  if (!kBeginsSums || scales_sums || product.K == 0) BeginSums(wave, left, columns, tile);
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
+    const bool begins = kBeginsSums && block == 0;
     if (scales_sums) SumPieces(left, block, block + rows, group_rows, scratch);
     int64_t n = 0;
 #if FFN_DOT
@@ -179,7 +191,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       float* const to = tile + n;
       const Panels panels = PanelsOf<T>(weight, product.K, part, kKBlock, scratch);
       char* const high = reinterpret_cast<char*>(scratch->panel);
-      char* const rest = high + sizeof(scratch->panel) / 2;
+      char* const rest = high + kRestBytes;
       const Panels pairs = as_it_is ? panels : Panels{high, kKBlock / 2 * kPackedColumns * 4};
       // After these panels the ones beside them are read, and after the last of the task those below the
       // first, if there are any.
@@ -191,15 +203,21 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                            : beside ? width
                                     : -n);
       }
+      if (in_place && block + depth < product.K) {
+        ahead = ahead.Until((columns.columns - 1) / kPackedColumns * kPackedColumns, panels.At<T>(depth, 0));
+      }
       // Steps of pairs that scratch holds.
-      [[maybe_unused]] const auto multiply = [&](const char* a, const char* from, int64_t begin, int64_t end,
-                                                 const Ahead& ahead, float* to, int64_t to_stride) {
-        MultiplyPlane<BFloat>(a, left, {from + begin / step * kStepBytes, pairs.bytes},
-                              (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride);
+      [[maybe_unused]] const auto multiply = [&](auto passes, const char* a, int64_t begin, int64_t end,
+                                                 const Ahead& ahead, float* to, int64_t to_stride,
+                                                 bool begins) {
+        MultiplyPlane<BFloat, passes>(a, left, {high + begin / step * kStepBytes, pairs.bytes},
+                                      (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride,
+                                      begins);
       };
       if constexpr (kInteger) {
         if (!antiquant) {
-          MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
+          MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride,
+                           begins);
           continue;
         }
         for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
@@ -212,7 +230,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
           }
           float* const sums = scratch->group;
           const int64_t sums_stride = TileStride(strip.columns);
-          Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
+          if (!kBeginsSums) Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
           const char* const group_a = left.At(0, block + begin);
           const Ahead group_ahead = ahead.Part<T>(begin, end);
           if constexpr (kReadsNibbles && std::is_same_v<T, Int4Pair>) {
@@ -220,26 +238,28 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                                        : MultiplyPlane<T, 1>)(group_a, left,
                                                               {panels.At<T>(begin, 0), panels.bytes},
                                                               (end - begin + step - 1) / step, strip.columns,
-                                                              group_ahead, sums, sums_stride);
+                                                              group_ahead, sums, sums_stride, false);
           } else {
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
-            multiply(group_a, high, begin, end, group_ahead, sums, sums_stride);
+            const auto multiply_group = [&](auto passes) {
+              multiply(passes, group_a, begin, end, group_ahead, sums, sums_stride, kBeginsSums);
+            };
             if (left.left == Left::kSplit) {
-              multiply(group_a + left.PlaneBytes(), high, begin, end, {}, sums, sums_stride);
+              if constexpr (kSplitsFp16) multiply_group(std::integral_constant<int, 2>());
+            } else {
+              multiply_group(std::integral_constant<int, 1>());
             }
           }
           AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
                     *scratch);
         }
-        if (!scales_sums) multiply(a, high, 0, rows, ahead, to, stride);
+        if (!scales_sums) multiply(std::integral_constant<int, 1>(), a, 0, rows, ahead, to, stride, begins);
       } else if constexpr (kSplit) {
         ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
-        multiply(a, high, 0, rows, ahead, to, stride);
-        multiply(a + left.PlaneBytes(), high, 0, rows, {}, to, stride);
-        multiply(a, rest, 0, rows, {}, to, stride);
+        multiply(std::integral_constant<int, 3>(), a, 0, rows, ahead, to, stride, begins);
       } else {
-        MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride);
+        MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride, begins);
       }
     }
   }
@@ -254,7 +274,6 @@ constexpr bool kIsNarrow = std::is_same_v<T, int8_t> ? true
 // As Multiply, for a segment whose left operands are stored narrow.
 inline void MultiplyNarrow(const Wave& wave, const Product& product, const Segment& segment,
                            const Columns& columns, float* tile, TaskScratch* scratch) {
-  BeginSums(wave, LeftRows(product, segment), columns, tile);
   WithWeightType(wave.problem->weight_dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (kIsNarrow<T>) {

@@ -63,7 +63,7 @@ constexpr int kPerItem = std::is_same_v<T, Int4Pair> ? 2 : 1;
 
 // How far ahead of its reading a panel is asked for: 1 KB was measured best on Intel's CPUs, and nothing at
 // all on AMD's (Zen 4: 58 GB/s without, 54 with), whose own prefetchers are what avx512_bf16 relies on.
-#if defined(FFN_AVX512) && defined(__AVX512BF16__)
+#if defined(FFN_AVX512) && defined(__AVX512BF16__) && !FFN_AMX
 constexpr int64_t kPrefetchBytes = 0;
 #else
 constexpr int64_t kPrefetchBytes = 1024;
@@ -370,6 +370,13 @@ inline U32 PairOfBf16(F32 low, F32 high) {
   return Bits(Round(Rounding::kBf16, low)) >> 16 | Bits(Round(Rounding::kBf16, high));
 }
 
+// What rounding fp16 to bf16 leaves over; here ties go away from zero, which is simpler, and no further from
+// the value. Of an infinity it is NaN.
+inline F32 RestOfHalf(F32 half, U32* rounded) {
+  *rounded = (Bits(half) + 0x8000) & 0xffff0000;
+  return half - FromBits(*rounded);
+}
+
 // Pair kPair of the int4 in each word (ffn.h: NibbleOf) as two bf16.
 template <int kPair>
 inline U32 PairOfNibbles(U32 word) {
@@ -442,7 +449,7 @@ inline I32 DotProduct(I32 sum, U32 w, I32 x) {
 #if defined(__aarch64__) && (defined(__ARM_FEATURE_FP16_FML) || defined(__ARM_FEATURE_FP16FML))
 #define FFN_DOT_FP16 1
 #endif
-#if defined(FFN_AVX512) && defined(__AVX512BF16__)
+#if defined(FFN_AVX512) && defined(__AVX512BF16__) && !FFN_AMX
 #define FFN_DOT_BF16 1
 inline F32 DotProduct(F32 sum, U32 w, I32 x) {
   return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
