@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the multiplications ask memory for while they multiply something else: the panels, packed or plain,
-// that are read next. Used by gemm-inl.h, narrow-inl.h, dot-inl.h and amx-inl.h; built on packed-inl.h.
+// and the rows of the left operand that are read next. Used by gemm-inl.h, narrow-inl.h, dot-inl.h and
+// amx-inl.h; built on packed-inl.h and left-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/left-inl.h"
 #include "cpu/packed-inl.h"
 
 namespace ffn::cpu {
@@ -56,6 +58,13 @@ struct Ahead {
     return shared;
   }
 
+  // From the panel of `column`, a whole number of panels further.
+  Ahead Beside(int64_t column) const {
+    Ahead beside = *this;
+    beside.data += column / kPackedColumns * stride;
+    return beside;
+  }
+
   // With the panel of `column` for the last, and `after` read then.
   Ahead Until(int64_t column, const char* after) const {
     Ahead until = *this;
@@ -89,6 +98,17 @@ Ahead AheadOf(const Weight& weight, const Panels& panels, const Block& block, in
   if (weight.col_stride != 1 || kBytes > 64) return {};
   const T* const next = PlainAt<T>(weight, block.expert, block.k + below, block.column + beside);
   return {reinterpret_cast<const char*>(next), kBytes, block.rows, RowBytes<T>(weight), kGroup};
+}
+
+// What is read after `blocks` blocks of the left operand's columns, which `panels` panels meet: as many of
+// the next ones, or after the last the first ones again. Where these are all, the caches have them. Rows are
+// too short for the hardware's prefetchers.
+inline Ahead RowsAfter(const char* a, const LeftRows& left, int64_t blocks, int64_t panels) {
+  const int64_t row_bytes = BlockColumns(left.left) * left.ItemBytes();
+  const int64_t all = left.Blocks(), next = (a - left.data) / (left.rows * row_bytes) + blocks;
+  if (blocks >= all) return {};
+  const int64_t lines = (blocks * left.rows * row_bytes / 64 + panels - 1) / panels;
+  return {left.data + (next < all ? next : 0) * left.rows * row_bytes, lines * 64, lines, 64, 0};
 }
 
 }  // namespace

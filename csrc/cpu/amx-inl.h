@@ -93,16 +93,6 @@ inline __attribute__((always_inline)) void MultiplyBlock(const char* a, int64_t 
   });
 }
 
-// What is read after `steps` steps of the left operand, which `panels` panels meet: as many of the next ones,
-// or after the last the first ones again. Where these are all, the caches have them.
-inline Ahead RowsAfter(const char* a, const LeftRows& left, int64_t steps, int64_t panels) {
-  const int64_t all = left.Blocks(), next = (a - left.data) / (left.rows * kTileRowBytes) + steps;
-  if (steps >= all) return {};
-  static_assert(kTileRowBytes == 64, "a row of a tile is a line");
-  const int64_t lines = (steps * left.rows + panels - 1) / panels;
-  return {left.data + (next < all ? next : 0) * left.rows * kTileRowBytes, lines * 64, lines, 64, 0};
-}
-
 // c[left.rows][stride] += `steps` steps of the left operand times panels of T, in kPasses (MultiplyBlock).
 // `begins`: c has no sums yet, which saves clearing it. Up to 15 rows beyond the last are written too.
 template <typename T, int kPasses = 1>

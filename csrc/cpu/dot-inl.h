@@ -68,11 +68,12 @@ struct DotSums {
   Asking ahead;
 
   // At the first step of panels of `column`.
-  inline __attribute__((always_inline)) DotSums(const DotRange& range, int64_t row, int64_t column)
+  inline __attribute__((always_inline)) DotSums(const DotRange& range, int64_t row, int64_t column,
+                                                int64_t tile)
       : a(range.a + row * kTileRowBytes),
         plane_bytes(range.plane_bytes),
         row_bytes(range.row_bytes),
-        ahead(range.ahead.From(column, row / kRows, range.panels.At<T>(0, column))) {
+        ahead(range.ahead.From(column, tile, range.panels.At<T>(0, column))) {
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const int64_t n = column + v * kLanes;
       panels[v] = kPlain ? range.panels.data + n * static_cast<int64_t>(sizeof(T)) : range.panels.At<T>(0, n);
@@ -197,13 +198,13 @@ struct DotSums {
 };
 
 template <typename T, int kRows, int kVectors, int kPlanes, bool kPlain>
-void DotTile(const DotRange& range, int64_t row, int64_t column) {
+void DotTile(const DotRange& range, int64_t row, int64_t column, int64_t tile) {
   using DotSums = DotSums<T, kRows, kVectors, kPlanes, kPlain>;
   using Sum = typename DotSums::Sum;
-  float* const tile = range.tile + row * range.tile_stride + column;
-  DotSums sums(range, row, column);
+  float* const to = range.tile + row * range.tile_stride + column;
+  DotSums sums(range, row, column, tile);
   const auto at = [&](int r, int v)
-                      __attribute__((always_inline)) { return tile + r * range.tile_stride + v * kLanes; };
+                      __attribute__((always_inline)) { return to + r * range.tile_stride + v * kLanes; };
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { one = Load<Sum>(at(r, v)); });
   if constexpr (DotSums::kHeld > kRows) {
     Unrolled<kVectors>([&](auto v) { sums.sum[kRows][v] = Sum{}; });
@@ -237,21 +238,23 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
     if (left.rows <= kFewRows) {
       constexpr int64_t kRun = 2;  // steps; 1 and 8 were about as fast
       const int64_t step = BlockColumns(left.left);
-      ForEachWholePanel(
-          left.rows, columns, 0, steps, kRun,
-          [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
-            DotRange run = range;
-            run.a += begin * range.a_step;
-            run.panels.data = panels.At<T>(begin * step, 0);
-            run.steps = end - begin;
-            DotTile<T, rows, vectors, kPlanes, false>(run, row, column);
-          });
+      ForEachWholePanel(left.rows, columns, 0, steps, kRun,
+                        [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t tile, int64_t begin,
+                            int64_t end) {
+                          DotRange run = range;
+                          run.a += begin * range.a_step;
+                          run.panels.data = panels.At<T>(begin * step, 0);
+                          run.steps = end - begin;
+                          DotTile<T, rows, vectors, kPlanes, false>(run, row, column, tile);
+                        });
       return;
     }
   }
-  ForEachTile<kDotRows>(left.rows, columns, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-    if constexpr (kMultiplies<T>) DotTile<T, rows, vectors, kPlanes, false>(range, row, column);
-  });
+  ForEachTile<kDotRows>(left.rows, columns,
+                        [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
+                          if constexpr (kMultiplies<T>)
+                            DotTile<T, rows, vectors, kPlanes, false>(range, row, column, tile);
+                        });
 }
 
 // Whether a plain weight is multiplied as it lies: what a single tile of rows reads once needs no packing.
@@ -279,8 +282,8 @@ void MultiplyPlain(const LeftRows& left, const Weight& weight, const Block& bloc
     range.a = left.At(0, block.k + k);
     range.panels.data = reinterpret_cast<const char*>(from) + k * range.row_bytes;
     ForEachTile<kDotRows>(left.rows, block.columns,
-                          [&](auto rows, auto vectors, int64_t row, int64_t column) {
-                            DotTile<T, rows, vectors, 1, true>(range, row, column);
+                          [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
+                            DotTile<T, rows, vectors, 1, true>(range, row, column, tile);
                           });
   }
 }
@@ -302,7 +305,7 @@ struct Groups {
 template <typename T, int kRows, int kVectors>
 void ScaledTile(const DotRange& range, const Groups<T>& groups, int64_t begin, int64_t end, int64_t column) {
   float* const tile = range.tile + column;
-  DotSums<Int4Pair, kRows, kVectors, std::is_same_v<T, Half> ? 2 : 1> sums(range, 0, column);
+  DotSums<Int4Pair, kRows, kVectors, std::is_same_v<T, Half> ? 2 : 1> sums(range, 0, column, 0);
   F32 total[kRows][kVectors];
   const auto each = [&](auto use) __attribute__((always_inline)) {
     sums.Each([&](F32& one, auto r, auto v) __attribute__((always_inline)) { use(one, total[r][v], r, v); });

@@ -45,18 +45,29 @@ struct Range {
   const float* sums;
   float* tile;
   int64_t tile_stride;
-  Ahead ahead;
-  bool first_strip;  // so that nobody has read the rows of a before
+  Ahead ahead;  // panels
+  Ahead rows;   // of a
 
   // Lines that a tile can ask for.
   template <typename T>
   int64_t MostAsked() const {
     return (end - begin) / kTurnRows<T> * Asking::kLinesEach;
   }
+  // With equal shares for `tiles` tiles of a panel, which go along k in `runs` runs.
+  template <typename T>
+  Range Shared(int64_t tiles, int64_t runs = 1) const {
+    Range shared = *this;
+    shared.ahead = ahead.Shared(tiles * runs, MostAsked<T>() / runs);
+    shared.rows = rows.Shared(tiles * runs, MostAsked<T>() / runs);
+    return shared;
+  }
   // What tile `tile` of the panel of `column` asks for.
   template <typename T>
   Asking Asks(int64_t column, int64_t tile) const {
     return ahead.From(column, tile, panels.At<T>(begin, column));
+  }
+  Asking AsksRows(int64_t column, int64_t tile) const {
+    return rows.From(column, tile, reinterpret_cast<const char*>(a));
   }
 };
 
@@ -66,11 +77,17 @@ constexpr int kPanelVectors = kPackedColumns / kLanes;
 constexpr bool kReadsWholePanels = kPanelVectors == 4;
 template <int kVectors>
 constexpr bool kAsksFor = !kReadsWholePanels || kVectors <= kPanelVectors;
+// Whether tiles of one panel, which convert on the way, outrun the hardware's prefetchers where those are
+// relied on else (kAsks). (fp16 with 5 to 12 rows: 1.2 to 1.4 times as fast; Zen 4.)
+template <typename T, int kVectors>
+constexpr bool kOutruns = kLanes == 16 && kVectors <= kPanelVectors && !std::is_same_v<T, float>;
 
-// kRows rows from `row` times kVectors * kLanes columns from `column`. kNear: the panels are in a cache
-// already. Loops over rows and vectors are unrolled by hand: GCC else leaves the sums in memory.
-template <typename T, Sums kSums, int kRows, int kVectors, bool kNear = false>
-void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead) {
+// kRows rows from `row` times kVectors * kLanes columns from `column`. kMany: the tile is one of many, so
+// that the panel is in a cache already, and asks for rows too. Loops over rows and vectors are unrolled by
+// hand: GCC else leaves the sums in memory.
+template <typename T, Sums kSums, int kRows, int kVectors, bool kMany = false>
+void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead,
+                  [[maybe_unused]] Asking rows_ahead = {}) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
@@ -98,7 +115,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead)
     const auto load = [&](int v) __attribute__((always_inline)) {
       const char* const from = panels[v / kPanelVectors] + v % kPanelVectors * kLanes * kUnitBytes<T>;
       w[v] = Load<Vector>(from);
-      if constexpr (kAsksFor<kVectors> && !kNear) AskFor(from);
+      if constexpr (kAsksFor<kVectors> && !kMany) AskFor<kOutruns<T, kVectors>>(from);
     };
     // Where sums and rows fill the registers, each vector is loaded when it is multiplied.
     constexpr bool kLoadsLate = kGroup == 1 && kRows <= kVectors;
@@ -142,6 +159,7 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead)
   }
   for (; k + kTurnRows<T> <= range.end; k += kTurnRows<T>) {
     ahead.Next();
+    if constexpr (kMany) rows_ahead.Next();
     Unrolled<kAskEvery<T>>([&](auto i) __attribute__((always_inline)) { step(k + i * kGroup, 0, kGroup); });
   }
   for (; k < range.end; k += kGroup) step(k, 0, last());
@@ -164,48 +182,65 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead)
 // the latency of an addition with less than four vectors, and two panels at once are read as fast as more.
 constexpr int kWideRows = kRegisters == 32 ? 4 : 2;   // so many have four vectors, more have two
 constexpr int kManyRows = kRegisters == 32 ? 12 : 6;  // of a tile of expanded panels
+// Up to so many rows convert packed panels on the way: those of one tile, which would use an expanded panel
+// once, and of two where an instruction converts fp16.
+template <typename T>
+constexpr int kConvertingRows = kLanes == 16 && std::is_same_v<T, Half> ? 2 * kManyRows : kManyRows;
+// Up to so many rows read two packed panels from end to end, not all of a task's columns block by block: runs
+// of K instead of kKBlock rows, which prefetchers follow. (fp16 and int8: 5 to 15 % faster; Zen 4.)
+template <typename T>
+constexpr int kEndToEndRows = kReadsWholePanels ? 1
+                              : kLanes == 16    ? kConvertingRows<T>
+                                                : 0;
 
-// Tiles of kRows rows over rows [begin, end), a multiple of that, and all columns. A panel stays near while
+// `tiles` tiles of kRows rows, then `lower` ones of a row less, over all columns. A panel stays near while
 // the rows go by.
 template <int kRows, int kWide, typename Use>
-inline void Sweep(int64_t begin, int64_t end, int64_t columns, const Use& use) {
-  constexpr std::integral_constant<int, kRows> kHeight;
-  constexpr std::integral_constant<int, kRows <= kWide ? 4 : 2> kVectors;
+inline void Sweep(int64_t tiles, int64_t lower, int64_t columns, const Use& use) {
+  const auto all_rows = [&](auto vectors, int64_t n) {
+    int64_t tile = 0, row = 0;
+    for (; tile < tiles; ++tile, row += kRows) {
+      use(std::integral_constant<int, kRows>(), vectors, row, n, tile);
+    }
+    if constexpr (kRows > 1) {
+      for (; tile < tiles + lower; ++tile, row += kRows - 1) {
+        use(std::integral_constant<int, kRows - 1>(), vectors, row, n, tile);
+      }
+    }
+  };
+  constexpr int kVectors = kRows <= kWide ? 4 : 2;
   int64_t n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
-    for (int64_t row = begin; row < end; row += kRows) use(kHeight, kVectors, row, n);
+    all_rows(std::integral_constant<int, kVectors>(), n);
   }
   if constexpr (kVectors > 2) {
-    for (; n < columns; n += 2 * kLanes) {
-      for (int64_t row = begin; row < end; row += kRows)
-        use(kHeight, std::integral_constant<int, 2>(), row, n);
-    }
+    for (; n < columns; n += 2 * kLanes) all_rows(std::integral_constant<int, 2>(), n);
   }
 }
 
-// Calls use(kRows, kVectors, row, column) for each tile of `rows` rows and `columns` columns, which are
-// rounded up to whole panels. The first two are constants to the compiler; tiles have up to kMost rows, and
-// all but the last as many. Those of up to kWide rows have four vectors.
+// Calls use(kRows, kVectors, row, column, tile) for each tile of `rows` rows and `columns` columns, which are
+// rounded up to whole panels; `tile` counts those of a panel. The first two are constants to the compiler.
+// Tiles have up to kMost rows, and none more than one less than others: a low tile uses a panel too little.
+// (4 rows behind 21 times 12 took 5 % of the time; Zen 4.) Those of up to kWide rows have four vectors.
 template <int kMost, int kWide = kWideRows, typename Use>
 inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
   columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
   const int64_t tiles = (rows + kMost - 1) / kMost;
   if (tiles == 0) return;
-  const int64_t height = (rows + tiles - 1) / tiles, last = rows % height;
+  const int64_t height = (rows + tiles - 1) / tiles, lower = height * tiles - rows;
   Unrolled<kMost>([&](auto i) {
-    if (height == i + 1) Sweep<i + 1, kWide>(0, rows - last, columns, use);
-    if (last == i + 1) Sweep<i + 1, kWide>(rows - last, rows, columns, use);
+    if (height == i + 1) Sweep<i + 1, kWide>(tiles - lower, lower, columns, use);
   });
 }
 
-template <typename T, Sums kSums, int kMost>
+template <typename T, Sums kSums, int kMost, bool kMany = false>
 void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
-  Range shared = range;
-  shared.ahead = range.ahead.Shared((rows + kMost - 1) / kMost, range.MostAsked<T>());
-  ForEachTile<kMost>(rows, columns, [&](auto tile_rows, auto vectors, int64_t row, int64_t column) {
-    const Asking ahead = shared.Asks<T>(column, row / tile_rows);
-    MultiplyTile<T, kSums, tile_rows, vectors>(shared, row, column, ahead);
-  });
+  const Range shared = range.Shared<T>((rows + kMost - 1) / kMost);
+  ForEachTile<kMost>(rows, columns,
+                     [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
+                       MultiplyTile<T, kSums, tile_rows, vectors, kMany>(
+                           shared, row, column, shared.Asks<T>(column, tile), shared.AsksRows(column, tile));
+                     });
 }
 
 // A row alone reads two panels at once, for which the hardware's prefetchers do best by themselves (20 GB/s
@@ -223,14 +258,14 @@ inline void ForEachPair(int64_t columns, const Use& use) {
 // Where two vectors are half a panel, tiles of more than two rows would read a weight's lines by halves, one
 // half after the other: 9 GB/s of float32 instead of 15 (Zen 3). So tiles are as wide as a panel there, of up
 // to three rows, which take turns every `run` of their steps along k, and a row alone has pairs of panels.
-// Calls use(kRows, kVectors, row, column, begin, end) for each.
+// Calls use(kRows, kVectors, row, column, tile, begin, end) for each.
 constexpr int kWholePanelRows = kManyRows / 2;
 template <typename Use>
 inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int64_t end, int64_t run,
                               const Use& use) {
   if (rows == 1) {
     return ForEachPair(columns, [&](auto vectors, int64_t column) {
-      use(std::integral_constant<int, 1>(), vectors, 0, column, begin, end);
+      use(std::integral_constant<int, 1>(), vectors, 0, column, 0, begin, end);
     });
   }
   if (rows <= kWholePanelRows) run = end - begin;
@@ -238,46 +273,42 @@ inline void ForEachWholePanel(int64_t rows, int64_t columns, int64_t begin, int6
     for (int64_t first = begin; first < end; first += run) {
       const int64_t last = end - first < run ? end : first + run;
       ForEachTile<kWholePanelRows, kWholePanelRows>(
-          rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t) {
-            use(tile_rows, std::integral_constant<int, kPanelVectors>(), row, n, first, last);
+          rows, kPackedColumns, [&](auto tile_rows, auto, int64_t row, int64_t, int64_t tile) {
+            use(tile_rows, std::integral_constant<int, kPanelVectors>(), row, n, tile, first, last);
           });
     }
   }
 }
 
-// kMany: more than kManyRows, all of which read a panel, expanded or not, while it is near. x has rows too
-// short for the hardware's prefetchers, so in the first panel each tile asks for those of the next one.
-// (1024 rows of float32: 15 to 25 % faster than tiles of six rows by half a panel that asked for all they
-// could, and not for x; Zen 3.)
+// kMany: more than kManyRows, all of which read a panel, expanded or not, while it is near. (1024 rows of
+// float32: 15 to 25 % faster than tiles of six rows by half a panel that asked for all they could, and not
+// for rows; Zen 3.)
 template <typename T, bool kMany>
 void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
   // Rows of W; a half or twice as many were about as fast.
   constexpr int64_t kRun = kMany ? 128 : 32;
   const int64_t runs = (range.end - range.begin + kRun - 1) / kRun;
   const int64_t tiles = (rows + kWholePanelRows - 1) / kWholePanelRows;
-  Range run = range;
-  run.ahead = range.ahead.Shared(runs * tiles, range.MostAsked<T>() / runs);
-  ForEachWholePanel(
-      rows, columns, range.begin, range.end, kRun,
-      [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t begin, int64_t end) {
-        run.begin = begin;
-        run.end = end;
-        if (kMany && range.first_strip && column == 0) {
-          for (int64_t r = row + tile_rows; r < row + 2 * tile_rows && r < rows; ++r) {
-            for (int64_t k = begin; k < end; k += 16) __builtin_prefetch(range.a + r * kKBlock + k);
-          }
-        }
-        const int64_t tile = (begin - range.begin) / kRun * tiles + row / tile_rows;
-        const Asking ahead = run.Asks<T>(column, tile);
-        MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(run, row, column, ahead);
-      });
+  Range run = range.Shared<T>(tiles, runs);
+  ForEachWholePanel(rows, columns, range.begin, range.end, kRun,
+                    [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t tile,
+                        int64_t begin, int64_t end) {
+                      run.begin = begin;
+                      run.end = end;
+                      tile += (begin - range.begin) / kRun * tiles;
+                      MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(
+                          run, row, column, run.Asks<T>(column, tile), run.AsksRows(column, tile));
+                    });
 }
 
 // Panels of float32: many rows, or any number where tiles of few rows are no others.
 template <Sums kSums>
 void MultiplyFloats(const Range& range, int64_t rows, int64_t columns) {
-  if constexpr (kReadsWholePanels && kSums == Sums::kFloat) {
+  constexpr bool kFloat = kSums == Sums::kFloat;
+  if constexpr (kReadsWholePanels && kFloat) {
     MultiplyWholePanels<float, true>(range, rows, columns);
+  } else if (kFloat && rows > kManyRows) {
+    MultiplyRange<float, kSums, kManyRows, kFloat>(range, rows, columns);
   } else {
     MultiplyRange<float, kSums, kManyRows>(range, rows, columns);
   }
@@ -376,13 +407,12 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
   constexpr bool kReadsPairs = kReadsWholePanels && (kSums == Sums::kFloat || kSums == Sums::kScaled);
-  if constexpr (kReadsPairs) {
-    // A row alone reads its two panels (ForEachPair) from end to end, not block by block.
+  if constexpr (kEndToEndRows<T> > 0 && (kSums == Sums::kFloat || kSums == Sums::kScaled)) {
     constexpr int64_t kBoth = 2 * kPackedColumns;
-    if (weight.packed && rows == 1 && columns.columns > kBoth) {
+    if (weight.packed && rows <= kEndToEndRows<T> && columns.columns > kBoth) {
       for (int64_t n = 0; n < columns.columns; n += kBoth) {
         const Columns both = {columns.column + n, columns.columns - n < kBoth ? columns.columns - n : kBoth};
-        MultiplyRows<T, kSums>(wave, product, segment, row, 1, both, tile + n, stride, scratch);
+        MultiplyRows<T, kSums>(wave, product, segment, row, rows, both, tile + n, stride, scratch);
       }
       return;
     }
@@ -396,9 +426,10 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
       return;
     }
   }
-  // One tile of rows would use an expanded panel once, so it converts on the way. To scale takes longer.
-  const bool expanded = kExpands && rows > (kSums == Sums::kExact ? 1 : kManyRows);
-  const bool strips = expanded || rows > (kExpands ? kManyRows : kFewRows) || (antiquant && !weight.packed);
+  const int64_t converting = weight.packed ? kConvertingRows<T> : kManyRows;
+  // To scale takes longer than to convert.
+  const bool expanded = kExpands && rows > (kSums == Sums::kExact ? 1 : converting);
+  const bool strips = expanded || rows > (kExpands ? converting : kFewRows) || (antiquant && !weight.packed);
   const int64_t width = strips && columns.columns > kMinColumns ? kMinColumns : columns.columns;
   // What goes through scratch must fit there. Either divides kKBlock; for antiquant weights it is kKBlock in
   // any case, since a chain ends with the block.
@@ -410,6 +441,11 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   range.tile_stride = stride;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
+    Ahead rows_after = {};
+    if (rows > kManyRows && left.PlaneBytes() > wave.cache_bytes / 2) {
+      rows_after =
+          RowsAfter(left.At(0, block), left, 1, (columns.columns + kPackedColumns - 1) / kPackedColumns);
+    }
     if (IsFloat(left.left)) {
       range.a = reinterpret_cast<const float*>(left.At(row, block));
     } else {  // a single row that tiles could not multiply
@@ -419,7 +455,6 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
     for (int64_t n = 0; n < columns.columns; n += width) {
       const Columns strip = {columns.column + n, columns.columns - n < width ? columns.columns - n : width};
       range.tile = tile + n;
-      range.first_strip = n == 0;
       const Block part = {segment.expert, block, block_rows, strip.column, strip.columns};
       if constexpr (kSums == Sums::kFloat) {
         if (FloatsReadPlain(weight, wave.problem->weight_dtype, left.left, rows)) {
@@ -432,10 +467,11 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
         }
       }
       range.panels = PanelsOf<T>(weight, product.K, part, depth, scratch);
+      range.rows = rows_after.Beside(n);
       const bool beside = !expanded || n + width < columns.columns,
                  more = beside || block + depth < product.K;
       Ahead ahead = {};
-      if (more && rows > kManyRows) {
+      if (more && rows > converting) {
         ahead = AheadOf<T>(weight, range.panels, part, beside ? 0 : depth,
                            !expanded ? kPackedColumns
                            : beside  ? width

@@ -61,15 +61,16 @@ struct Int4Pair {
 template <typename T>
 constexpr int kPerItem = std::is_same_v<T, Int4Pair> ? 2 : 1;
 
-// How far ahead of its reading a panel is asked for: 1 KB was measured best on Intel's CPUs, and nothing at
+// Whether panels are asked for ahead of their reading: 1 KB was measured best on Intel's CPUs, and nothing at
 // all on AMD's (Zen 4: 58 GB/s without, 54 with), whose own prefetchers are what avx512_bf16 relies on.
 #if defined(FFN_AVX512) && defined(__AVX512BF16__) && !FFN_AMX
-constexpr int64_t kPrefetchBytes = 0;
+constexpr bool kAsks = false;
 #else
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr bool kAsks = true;
 #endif
+template <bool kAnyway = false>
 inline void AskFor(const char* panel) {
-  if constexpr (kPrefetchBytes > 0) __builtin_prefetch(panel + kPrefetchBytes);
+  if constexpr (kAsks || kAnyway) __builtin_prefetch(panel + 1024);
 }
 
 // Calls use(i) for each i in [0, kCount), a constant to the compiler.
