@@ -100,13 +100,14 @@ Ahead AheadOf(const Weight& weight, const Panels& panels, const Block& block, in
   return {reinterpret_cast<const char*>(next), kBytes, block.rows, RowBytes<T>(weight), kGroup};
 }
 
-// What is read after `blocks` blocks of the left operand's columns, which `panels` panels meet: as many of
-// the next ones, or after the last the first ones again. Where these are all, the caches have them. Rows are
-// too short for the hardware's prefetchers.
-inline Ahead RowsAfter(const char* a, const LeftRows& left, int64_t blocks, int64_t panels) {
+// What is read after `blocks` blocks of the left operand, which the panels of `columns` columns meet: as many
+// of the next ones, or after the last the first ones again. Where these are all, the caches have them. Rows
+// are too short for the hardware's prefetchers.
+inline Ahead RowsAfter(const char* a, const LeftRows& left, int64_t blocks, int64_t columns) {
   const int64_t row_bytes = BlockColumns(left.left) * left.ItemBytes();
   const int64_t all = left.Blocks(), next = (a - left.data) / (left.rows * row_bytes) + blocks;
   if (blocks >= all) return {};
+  const int64_t panels = (columns + kPackedColumns - 1) / kPackedColumns;
   const int64_t lines = (blocks * left.rows * row_bytes / 64 + panels - 1) / panels;
   return {left.data + (next < all ? next : 0) * left.rows * row_bytes, lines * 64, lines, 64, 0};
 }

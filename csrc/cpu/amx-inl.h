@@ -103,8 +103,7 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
   const int64_t a_step = left.rows * kTileRowBytes, plane = kPasses > 1 ? left.PlaneBytes() : 0;
   const int64_t blocks = (left.rows + 2 * kTileHeight - 1) / (2 * kTileHeight);
   const Asks panels_asked(blocks > 1 ? ahead : Ahead{}, blocks, steps);
-  const Asks rows_asked(RowsAfter(a, left, steps, (columns + kPackedColumns - 1) / kPackedColumns), blocks,
-                        steps);
+  const Asks rows_asked(RowsAfter(a, left, steps, columns), blocks, steps);
   for (int64_t n = 0; n < columns; n += kPackedColumns) {
     const char* const panel = panels.data + n / kPackedColumns * panels.bytes;
     for (int64_t r = 0; r < left.rows; r += 2 * kTileHeight) {

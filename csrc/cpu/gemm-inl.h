@@ -82,12 +82,11 @@ constexpr bool kAsksFor = !kReadsWholePanels || kVectors <= kPanelVectors;
 template <typename T, int kVectors>
 constexpr bool kOutruns = kLanes == 16 && kVectors <= kPanelVectors && !std::is_same_v<T, float>;
 
-// kRows rows from `row` times kVectors * kLanes columns from `column`. kMany: the tile is one of many, so
-// that the panel is in a cache already, and asks for rows too. Loops over rows and vectors are unrolled by
-// hand: GCC else leaves the sums in memory.
+// kRows rows from `row` times kVectors * kLanes columns from `column`, which is tile `number` of its panel.
+// kMany: the tile is one of many, so that the panel is in a cache already, and asks for rows too. Loops over
+// rows and vectors are unrolled by hand: GCC else leaves the sums in memory.
 template <typename T, Sums kSums, int kRows, int kVectors, bool kMany = false>
-void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead,
-                  [[maybe_unused]] Asking rows_ahead = {}) {
+void MultiplyTile(const Range& range, int64_t row, int64_t column, int64_t number) {
   using Layout = Panel<T>;
   using Vector = typename Layout::Vector;
   constexpr int kGroup = Layout::kGroup;
@@ -157,6 +156,9 @@ void MultiplyTile(const Range& range, int64_t row, int64_t column, Asking ahead,
     step(k, static_cast<int>(range.begin - k), last());
     k += kGroup;
   }
+  Asking ahead = range.Asks<T>(column, number);
+  [[maybe_unused]] Asking rows_ahead = {};
+  if constexpr (kMany) rows_ahead = range.AsksRows(column, number);
   for (; k + kTurnRows<T> <= range.end; k += kTurnRows<T>) {
     ahead.Next();
     if constexpr (kMany) rows_ahead.Next();
@@ -238,8 +240,7 @@ void MultiplyRange(const Range& range, int64_t rows, int64_t columns) {
   const Range shared = range.Shared<T>((rows + kMost - 1) / kMost);
   ForEachTile<kMost>(rows, columns,
                      [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
-                       MultiplyTile<T, kSums, tile_rows, vectors, kMany>(
-                           shared, row, column, shared.Asks<T>(column, tile), shared.AsksRows(column, tile));
+                       MultiplyTile<T, kSums, tile_rows, vectors, kMany>(shared, row, column, tile);
                      });
 }
 
@@ -296,8 +297,7 @@ void MultiplyWholePanels(const Range& range, int64_t rows, int64_t columns) {
                       run.begin = begin;
                       run.end = end;
                       tile += (begin - range.begin) / kRun * tiles;
-                      MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(
-                          run, row, column, run.Asks<T>(column, tile), run.AsksRows(column, tile));
+                      MultiplyTile<T, Sums::kFloat, tile_rows, vectors, kMany>(run, row, column, tile);
                     });
 }
 
@@ -406,8 +406,9 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   const Weight& weight = *product.weight;
   const LeftRows left(product, segment);
   const bool antiquant = kSums == Sums::kScaled || kSums == Sums::kExact;
-  constexpr bool kReadsPairs = kReadsWholePanels && (kSums == Sums::kFloat || kSums == Sums::kScaled);
-  if constexpr (kEndToEndRows<T> > 0 && (kSums == Sums::kFloat || kSums == Sums::kScaled)) {
+  constexpr bool kEndToEnd = kSums == Sums::kFloat || kSums == Sums::kScaled;
+  constexpr bool kReadsPairs = kReadsWholePanels && kEndToEnd;
+  if constexpr (kEndToEndRows<T> > 0 && kEndToEnd) {
     constexpr int64_t kBoth = 2 * kPackedColumns;
     if (weight.packed && rows <= kEndToEndRows<T> && columns.columns > kBoth) {
       for (int64_t n = 0; n < columns.columns; n += kBoth) {
@@ -442,9 +443,8 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t block_rows = product.K - block < depth ? product.K - block : depth;
     Ahead rows_after = {};
-    if (rows > kManyRows && left.PlaneBytes() > wave.cache_bytes / 2) {
-      rows_after =
-          RowsAfter(left.At(0, block), left, 1, (columns.columns + kPackedColumns - 1) / kPackedColumns);
+    if (rows > converting && left.PlaneBytes() > wave.cache_bytes / 2) {
+      rows_after = RowsAfter(left.At(0, block), left, 1, columns.columns);
     }
     if (IsFloat(left.left)) {
       range.a = reinterpret_cast<const float*>(left.At(row, block));
@@ -512,8 +512,7 @@ void MultiplyRows(const Wave& wave, const Product& product, const Segment& segme
           if constexpr (kWhole) MultiplyWholePanels<T, false>(range, rows, strip.columns);
         } else if (kReadsPairs && rows == 1) {
           ForEachPair(strip.columns, [&](auto vectors, int64_t column) {
-            if constexpr (kReadsPairs)
-              MultiplyTile<T, kSums, 1, vectors>(range, 0, column, range.Asks<T>(column, 0));
+            if constexpr (kReadsPairs) MultiplyTile<T, kSums, 1, vectors>(range, 0, column, 0);
           });
         } else if (expanded || !kExpands) {
           MultiplyFloats<kSums>(range, rows, strip.columns);
