@@ -78,10 +78,9 @@ void PointAtOperands(cpu::Problem& problem, DenseTensors& dense) {
              contract::kAntiquantScale2Operand, contract::kAntiquantOffset2Operand);
 }
 
-Tensor NewY(const Tensor& x, const cpu::Problem& problem) {
-  return Allocate("y", x.numel(), [&] {
-    return torch::stable::new_empty(x, x.sizes(), ToTorch(problem.y_dtype));  // N2 == K1
-  });
+Tensor NewY(const Arguments& arguments, const cpu::Problem& problem) {
+  return NewTensor("y", arguments.operand(contract::kXOperand).sizes(),  // N2 == K1
+                   ToTorch(problem.y_dtype));
 }
 
 void CheckExpertIds(const int64_t* ids, int64_t count) {
@@ -112,7 +111,7 @@ Tensor FfnCpu(const Arguments& arguments) {
   problem.row_ends = row_ends.data();
   const std::optional<Tensor>& out = arguments.operands[contract::kOutOperand];
   const bool in_place = out && CanWriteInto(*out, arguments);
-  Tensor y = in_place ? *out : NewY(arguments.operand(contract::kXOperand), problem);
+  Tensor y = in_place ? *out : NewY(arguments, problem);
   problem.y = y.mutable_data_ptr();
   PointAtOperands(problem, dense);
   RunInTorch([&](const cpu::ParallelFor& parallel) { cpu::RunFfn(problem, parallel); },
@@ -135,7 +134,7 @@ Tensor MoeCpu(const Arguments& arguments, bool activate_left) {
 
   cpu::Problem problem = cpu::ProblemOf(checked.call, checked.plan);
   problem.activate_left = activate_left;
-  Tensor y = NewY(arguments.operand(contract::kXOperand), problem);
+  Tensor y = NewY(arguments, problem);
   problem.y = y.mutable_data_ptr();
   PointAtOperands(problem, dense);
   RunInTorch(

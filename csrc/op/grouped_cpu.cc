@@ -121,7 +121,7 @@ Tensor GroupedMm(Tensor x, Tensor weight, Tensor expert_tokens, std::optional<Te
                 " (one row for each expert)");
     problem.channels2.bias = DenseData("bias", *bias, kept);
   }
-  Tensor y = Allocate("y", M * N, [&] { return torch::stable::new_empty(x, {M, N}); });
+  Tensor y = NewTensor("y", {M, N}, x.scalar_type());
   problem.y = y.mutable_data_ptr();
   const size_t row = static_cast<size_t>(N) * x.element_size();
   if (y.numel() > 0) {  // or there may be no memory to point at
@@ -149,7 +149,7 @@ Tensor GroupedOuter(Tensor x, Tensor grad, Tensor expert_tokens) {
   const std::vector<int64_t> row_ends = RowEnds(expert_tokens, -1, M, kept);
   const auto E = static_cast<int64_t>(row_ends.size());
   const auto bytes = static_cast<int64_t>(x.element_size());
-  Tensor y = Allocate("y", E * K * N, [&] { return torch::stable::new_empty(x, {E, K, N}); });
+  Tensor y = NewTensor("y", {E, K, N}, x.scalar_type());
   if (y.numel() == 0) return y;
   // As large as the weights, and new in each step: of small pages the system's clearing takes half the time.
   cpu::AskForHugePages(y.mutable_data_ptr(), static_cast<size_t>(E * K * N * bytes));

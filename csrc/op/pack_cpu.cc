@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights as they lie in torch's memory, plain and prepacked, and the operators that ffn_ops/packing.py makes
 // prepack() and unpack() of. The layout is cpu/packed.h's.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -79,6 +80,24 @@ std::optional<cpu::Weight> WeightInPlace(const Tensor& tensor, cpu::DType dtype)
   return weight;
 }
 
+Tensor NewTensor(const char* what, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t elements = 1, stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+    elements *= sizes[i];
+  }
+  return Allocate(what, elements, [&] {
+    AtenTensorHandle tensor = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                 aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
+  });
+}
+
 const void* DenseData(const char* name, const Tensor& tensor, std::vector<Tensor>& kept) {
   const void* data = tensor.const_data_ptr();
   const bool aligned =
@@ -103,8 +122,7 @@ Tensor NewBlock(Tensor weight, int64_t E) {
   const cpu::PackedHeader header = HeaderFor(weight, E);
   const int64_t bytes = cpu::PackedBytes(header);
   if (bytes < 0) throw std::runtime_error("weight is larger than any memory (check its shape)");
-  Tensor block = Allocate("the packed weight", bytes,
-                          [&] { return torch::stable::new_empty(weight, {bytes}, ScalarType::Byte); });
+  Tensor block = NewTensor("the packed weight", {bytes}, ScalarType::Byte);
   cpu::BeginBlock(header, block.mutable_data_ptr());
   return block;
 }
@@ -132,8 +150,7 @@ Tensor Unpack(Tensor block) {
   const int64_t columns = header.dtype == cpu::DType::kInt4 ? header.N / 2 : header.N;
   std::vector<int64_t> shape = {header.K, columns};
   if (header.E > 0) shape.insert(shape.begin(), header.E);
-  Tensor weight = Allocate("the weight", header.K * columns,
-                           [&] { return torch::stable::new_empty(block, shape, ToTorch(header.dtype)); });
+  Tensor weight = NewTensor("the weight", shape, ToTorch(header.dtype));
   cpu::Unpack(header, block.const_data_ptr(), TorchThreads(), weight.mutable_data_ptr());
   return weight;
 }
