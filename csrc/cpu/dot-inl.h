@@ -16,7 +16,7 @@ template <typename T>
 constexpr bool kMultiplies = std::is_same_v<T, int8_t>   ? true
                              : std::is_same_v<T, BFloat> ? kMultipliesBf16
                              : std::is_same_v<T, Half>   ? kMultipliesFp16
-                                                         : kReadsNibbles;
+                                                         : false;
 
 // Rows of a tile. Where a register holds a row's words, it has to be free beside the sums.
 constexpr int kDotRows = std::is_pointer_v<Words> ? kManyRows : 4;
@@ -46,6 +46,9 @@ struct DotRange {
   int64_t row_bytes = 0;    // from one row of a plain weight, which `panels.data` is then, to the next
 };
 
+// Lines that a tile can ask for on its way.
+constexpr int64_t MostAsked(int64_t steps) { return steps * (kStepWords / kWords) * Asking::kLinesEach; }
+
 // The sums of kRows rows times kVectors vectors of columns, and where their operands are. Loops over rows and
 // vectors are unrolled by hand: GCC else leaves the sums in memory. kPlanes of the left operand are
 // multiplied by turns. kPlain reads rows of a plain weight instead of panels.
@@ -54,9 +57,11 @@ struct DotSums {
   using Sum = std::conditional_t<std::is_same_v<T, int8_t>, I32, F32>;
   static constexpr bool kHalves = std::is_same_v<T, Half>;
   static constexpr bool kPairsOfNibbles = std::is_same_v<T, Int4Pair>;
+  static constexpr bool kPairsOfInt8 = std::is_same_v<T, WideInt8>;
   static constexpr bool kPairsOfBytes = kMultipliesInt16 && std::is_same_v<T, int8_t>;
-  static constexpr int kParts = kPairsOfNibbles ? 4 : kPairsOfBytes ? 2 : 1;  // of a word of the panels
-  static constexpr bool kMatrices = kMultipliesMatrices && !kHalves && !kPairsOfNibbles;
+  // Of a word of the panels.
+  static constexpr int kParts = kPairsOfNibbles ? 4 : kPairsOfBytes || kPairsOfInt8 ? 2 : 1;
+  static constexpr bool kMatrices = kMultipliesMatrices && !kHalves;
   // Matrices have two rows; the last one of an odd number has zeros beside it.
   static constexpr int kHeld = kMatrices ? (kRows + 1) / 2 * 2 : kRows;
 
@@ -126,7 +131,10 @@ struct DotSums {
   // What one of a row's words is multiplied by.
   template <int kPart>
   static inline __attribute__((always_inline)) U32 Part(U32 stored) {
+#if FFN_DOT_INTEGERS
     if constexpr (kPairsOfNibbles) return PairOfNibbles<kPart>(stored);
+    if constexpr (kPairsOfInt8) return PairOfInt8<kPart>(stored);
+#endif
     if constexpr (kPairsOfBytes) return PairOfBytes<kPart>(stored);
     return Weights<Sum>(stored);
   }
@@ -140,7 +148,12 @@ struct DotSums {
       return GroupBits(reinterpret_cast<const T*>(from), row_bytes / static_cast<int64_t>(sizeof(T)), kGroup,
                        kLanes);
     } else {
-      if (kAsksFor<kVectors> && v * kLanes * 4 % 64 == 0) AskFor(from);
+      if (v * kLanes * 4 % 64 == 0) {
+        if constexpr (kAsksFor<kVectors>) AskFor(from);
+        // Converting outruns the hardware's prefetchers (8 to 12 rows 1.2 times as fast; Zen 4).
+        if constexpr ((kPairsOfNibbles || kPairsOfInt8) && kVectors <= kPanelVectors)
+          __builtin_prefetch(from + 2048);
+      }
       panels[v] += kPackedColumns * 4;
       return Load<U32>(from);
     }
@@ -197,9 +210,9 @@ struct DotSums {
   }
 };
 
-template <typename T, int kRows, int kVectors, int kPlanes, bool kPlain>
+template <typename T, int kRows, int kVectors, bool kPlain = false>
 void DotTile(const DotRange& range, int64_t row, int64_t column, int64_t tile) {
-  using DotSums = DotSums<T, kRows, kVectors, kPlanes, kPlain>;
+  using DotSums = DotSums<T, kRows, kVectors, 1, kPlain>;
   using Sum = typename DotSums::Sum;
   float* const to = range.tile + row * range.tile_stride + column;
   DotSums sums(range, row, column, tile);
@@ -219,20 +232,19 @@ void DotTile(const DotRange& range, int64_t row, int64_t column, int64_t tile) {
   sums.Each([&](Sum& one, int r, int v) __attribute__((always_inline)) { Store(at(r, v), one); });
 }
 
-// c[left.rows][stride] += `steps` steps of a plane of the left operand, or of kPlanes, times panels of T.
-template <typename T, int kPlanes = 1>
+// c[left.rows][stride] += `steps` steps of a plane of the left operand times panels of T.
+template <typename T, int kPasses = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
                    const Ahead& ahead, float* c, int64_t stride, bool /* begins: never */) {
+  static_assert(kPasses == 1, "more are for what splits fp16");
   const int64_t tiles = (left.rows + kDotRows - 1) / kDotRows;
-  const DotRange range = {
-      a,
-      left.rows * kTileRowBytes,
-      steps,
-      panels,
-      c,
-      stride,
-      tiles > 1 ? ahead.Shared(tiles, steps * (kStepWords / kWords) * Asking::kLinesEach) : Ahead{},
-      left.PlaneBytes()};
+  const DotRange range = {a,
+                          left.rows * kTileRowBytes,
+                          steps,
+                          panels,
+                          c,
+                          stride,
+                          tiles > 1 ? ahead.Shared(tiles, MostAsked(steps)) : Ahead{}};
   if constexpr (kReadsWholePanels && kMultiplies<T>) {
     // More are as fast with wide tiles, since they wait for the instructions.
     if (left.rows <= kFewRows) {
@@ -245,15 +257,14 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
                           run.a += begin * range.a_step;
                           run.panels.data = panels.At<T>(begin * step, 0);
                           run.steps = end - begin;
-                          DotTile<T, rows, vectors, kPlanes, false>(run, row, column, tile);
+                          DotTile<T, rows, vectors>(run, row, column, tile);
                         });
       return;
     }
   }
   ForEachTile<kDotRows>(left.rows, columns,
                         [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
-                          if constexpr (kMultiplies<T>)
-                            DotTile<T, rows, vectors, kPlanes, false>(range, row, column, tile);
+                          if constexpr (kMultiplies<T>) DotTile<T, rows, vectors>(range, row, column, tile);
                         });
 }
 
@@ -283,99 +294,120 @@ void MultiplyPlain(const LeftRows& left, const Weight& weight, const Block& bloc
     range.panels.data = reinterpret_cast<const char*>(from) + k * range.row_bytes;
     ForEachTile<kDotRows>(left.rows, block.columns,
                           [&](auto rows, auto vectors, int64_t row, int64_t column, int64_t tile) {
-                            DotTile<T, rows, vectors, 1, true>(range, row, column, tile);
+                            DotTile<T, rows, vectors, true>(range, row, column, tile);
                           });
   }
 }
 
-#if FFN_DOT_BF16 && defined(FFN_AVX512)
-// The groups of integer weights beside x of T, from the first column of a task.
-template <typename T>
+#if FFN_DOT_INTEGERS
+// The groups of integer weights beside x of X, from the first column of a task.
+template <typename X>
 struct Groups {
-  const T* offset;
-  const T* scale;
+  const X* offset;
+  const X* scale;
   int64_t N;              // from one group to the next
   int64_t rows;           // of a group
   int64_t columns;        // of the task
-  const float* row_sums;  // of the left operand: by piece and row, kFewRows a piece
+  const float* row_sums;  // of the left operand: by piece and row
+  int64_t left_rows;      // from one piece to the next
 };
 
-// For few rows: tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W, as
-// AddScaled has it, without leaving the registers in between.
-template <typename T, int kRows, int kVectors>
-void ScaledTile(const DotRange& range, const Groups<T>& groups, int64_t begin, int64_t end, int64_t column) {
-  float* const tile = range.tile + column;
-  DotSums<Int4Pair, kRows, kVectors, std::is_same_v<T, Half> ? 2 : 1> sums(range, 0, column, 0);
-  F32 total[kRows][kVectors];
-  const auto each = [&](auto use) __attribute__((always_inline)) {
-    sums.Each([&](F32& one, auto r, auto v) __attribute__((always_inline)) { use(one, total[r][v], r, v); });
-  };
-  each([&](F32&, F32& all, int r, int v)
-           __attribute__((always_inline)) { all = Load<F32>(tile + r * range.tile_stride + v * kLanes); });
-  const float* row_sums = groups.row_sums;
-  for (int64_t k = begin; k < end; row_sums += kFewRows) {
+// tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W. The tile itself stays in
+// registers too, where these suffice.
+template <typename W, typename X, int kRows, int kVectors>
+void ScaledTile(const DotRange& range, const Groups<X>& groups, int64_t begin, int64_t end, int64_t row,
+                int64_t column, int64_t number) {
+  constexpr bool kHolds = 2 * kRows * kVectors <= kRegisters / 2;
+  float* const tile = range.tile + row * range.tile_stride + column;
+  const auto at = [&](int r, int v)
+                      __attribute__((always_inline)) { return tile + r * range.tile_stride + v * kLanes; };
+  DotSums<W, kRows, kVectors, std::is_same_v<X, Half> ? 2 : 1> sums(range, row, column, number);
+  F32 total[kHolds ? kRows : 1][kVectors];
+  if constexpr (kHolds) {
+    sums.Each([&](F32&, int r, int v) __attribute__((always_inline)) { total[r][v] = Load<F32>(at(r, v)); });
+  }
+  const float* row_sums = groups.row_sums + row;
+  for (int64_t k = begin; k < end; row_sums += groups.left_rows) {
     const int64_t piece_end = PieceEnd(k, end, groups.rows);
-    each([&](F32& one, F32&, int, int) __attribute__((always_inline)) { one = Set(-0.0f); });
+    sums.Each([&](F32& one, int, int) __attribute__((always_inline)) { one = Set(-0.0f); });
     sums.AddSteps((piece_end - k + 31) / 32, range.a_step);
     F32 offset[kVectors], scale[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-      const int64_t n = column + v * kLanes, at = k / groups.rows * groups.N + n;
-      offset[v] = LoadFloats(groups.offset + at, groups.columns - n);
-      scale[v] = LoadFloats(groups.scale + at, groups.columns - n);
+      const int64_t n = column + v * kLanes, first = k / groups.rows * groups.N + n;
+      offset[v] = LoadFloats(groups.offset + first, groups.columns - n);
+      scale[v] = LoadFloats(groups.scale + first, groups.columns - n);
     });
-    each([&](F32& one, F32& all, int r, int v) __attribute__((always_inline)) {
-      all = Fma(Fma(Set(row_sums[r]), offset[v], one), scale[v], all);
+    sums.Each([&](F32& one, int r, int v) __attribute__((always_inline)) {
+      const F32 both = Fma(Set(row_sums[r]), offset[v], one);
+      if constexpr (kHolds) {
+        total[r][v] = Fma(both, scale[v], total[r][v]);
+      } else {
+        Store(at(r, v), Fma(both, scale[v], Load<F32>(at(r, v))));
+      }
     });
     k = piece_end;
   }
-  each([&](F32&, F32& all, int r, int v)
-           __attribute__((always_inline)) { Store(tile + r * range.tile_stride + v * kLanes, all); });
+  if constexpr (kHolds) {
+    sums.Each([&](F32&, int r, int v) __attribute__((always_inline)) { Store(at(r, v), total[r][v]); });
+  }
 }
 
-// Few rows of T times packed or plain int4, for MultiplyNarrowRows.
-template <typename T>
-void MultiplyNibbles(const Product& product, const Segment& segment, const Columns& columns, float* tile,
-                     TaskScratch* scratch) {
+// Fewer than FewestRows of X times packed or plain integers of T, for MultiplyNarrowRows.
+template <typename T, typename X>
+void MultiplyIntegers(const Product& product, const Segment& segment, const Columns& columns, float* tile,
+                      TaskScratch* scratch) {
+  using W = std::conditional_t<std::is_same_v<T, int8_t>, WideInt8, T>;
   const LeftRows left(product, segment);
   const Weight& weight = *product.weight;
   const Channels& channels = *product.channels;
   const int64_t index = segment.expert * channels.G * product.N + columns.column;
   const int64_t group_rows = product.K / channels.G, stride = TileStride(columns.columns);
-  // Plain weights go through scratch, and so do the sums of the left operand's rows.
-  constexpr int64_t kMostPieces = sizeof(scratch->sums) / sizeof(float) / kFewRows;
-  const int64_t depth = weight.packed ? kMostPieces * 32 : kKBlock;
+  // Plain weights go through scratch, and so do the sums of the left operand's rows: one for each piece of 32
+  // rows of W at least. (Shorter blocks were no faster.)
+  const int64_t pieces = static_cast<int64_t>(sizeof(scratch->sums) / sizeof(float)) / left.rows;
+  const int64_t depth = weight.packed ? pieces * 32 / kKBlock * kKBlock : kKBlock;
   const int64_t width = weight.packed ? columns.columns : kMinColumns;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth, end = block + rows;
     float* row_sums = scratch->sums;
-    for (int64_t k = block, piece_end = 0; k < end; k = piece_end, row_sums += kFewRows) {
+    for (int64_t k = block, piece_end = 0; k < end; k = piece_end, row_sums += left.rows) {
       piece_end = PieceEnd(k, end, group_rows);
       for (int64_t r = 0; r < left.rows; ++r) row_sums[r] = SumOfRow(left, r, k, piece_end, scratch);
     }
     for (int64_t n = 0; n < columns.columns; n += width) {
       const int64_t strip = columns.columns - n < width ? columns.columns - n : width;
       if (!weight.packed && rows % 32 != 0) __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));
-      const Panels panels = PanelsOf<Int4Pair>(
-          weight, product.K, {segment.expert, block, rows, columns.column + n, strip}, kKBlock, scratch);
-      const DotRange range = {left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, {},
-                              left.PlaneBytes()};
-      const Groups<T> groups = {static_cast<const T*>(channels.antiquant_offset) + index + n,
-                                static_cast<const T*>(channels.antiquant_scale) + index + n,
+      const Block part = {segment.expert, block, rows, columns.column + n, strip};
+      const Panels panels = PanelsOf<T>(weight, product.K, part, kKBlock, scratch);
+      const int64_t tiles = (left.rows + kDotRows - 1) / kDotRows;
+      Ahead ahead = {};
+      if (tiles > 1) {
+        ahead = AheadOf<T>(weight, panels, part, 0, weight.packed ? kPackedColumns : width)
+                    .Shared(tiles, MostAsked((rows + 31) / 32));
+      }
+      const DotRange range = {
+          left.At(0, block), left.rows * kTileRowBytes, 0, panels, tile + n, stride, ahead,
+          left.PlaneBytes()};
+      const Groups<X> groups = {static_cast<const X*>(channels.antiquant_offset) + index + n,
+                                static_cast<const X*>(channels.antiquant_scale) + index + n,
                                 product.N,
                                 group_rows,
                                 strip,
-                                scratch->sums};
-      const int64_t panel_columns = (strip + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
-      WithFewRows(left.rows, [&](auto few) {
-        constexpr int kVectors = few == 1   ? 8
-                                 : few == 2 ? 4
-                                            : 2;  // there are twice as many sums as in a DotTile
-        int64_t c = 0;
-        for (; c + kVectors * kLanes <= panel_columns; c += kVectors * kLanes) {
-          ScaledTile<T, few, kVectors>(range, groups, block, end, c);
+                                scratch->sums,
+                                left.rows};
+      // A row alone reads four panels at once (int4: 1.1 times as fast as two; Zen 4).
+      constexpr int kWidest = 4 * kPanelVectors;
+      int64_t c = 0;
+      if (left.rows == 1) {
+        for (; c + kWidest * kLanes <= strip; c += kWidest * kLanes) {
+          ScaledTile<W, X, 1, kWidest>(range, groups, block, end, 0, c, 0);
         }
-        for (; c < panel_columns; c += 2 * kLanes) ScaledTile<T, few, 2>(range, groups, block, end, c);
-      });
+      }
+      ForEachTile<kDotRows>(left.rows, strip - c,
+                            [&](auto tile_rows, auto vectors, int64_t row, int64_t column, int64_t number) {
+                              ScaledTile<W, X, tile_rows, vectors>(range, groups, block, end, row, c + column,
+                                                                   number);
+                            });
     }
   }
 }

@@ -386,10 +386,10 @@ inline int64_t PanelDepth(int64_t columns) {
 // Expanding a panel, or several passes, must pay: so many rows of an expert take integer weights that were
 // scaled first, or fp16 through bf16. Fewer convert on the way, and scale sums. It is the one place where a
 // row's bits depend on how many an expert has. 16 is what a tile of AMX has; the others were measured (24 on
-// AMX, whose fp16 weights take three passes; Zen 4).
+// AMX, whose fp16 weights take three passes; 25 and 32 on Zen 4).
 constexpr int64_t FewestRows(DType weight) {
-  if (!kReadsNibbles) return weight == DType::kFloat16 ? 24 : 16;
-  return weight == DType::kInt4 ? 32 : 8;
+  if (!kConvertsIntegers) return weight == DType::kFloat16 ? 24 : 16;
+  return weight == DType::kInt4 ? 32 : 25;
 }
 
 // How segments that are multiplied as float32 store their left operands.

@@ -25,10 +25,6 @@
 namespace ffn::cpu {
 namespace {
 
-static_assert(!kReadsNibbles || (FewestRows(DType::kInt4) + 15) / 16 * 16 * (kMaxColumns + kTilePadding) <=
-                                    kMaxRows * kMinColumns,
-              "a task's sums of a group fit scratch");
-
 bool GroupsFitSteps(const Problem& problem) {
   const auto fits = [](const Channels& channels, int64_t K) {
     return channels.antiquant_scale == nullptr || channels.G == 1 || K / channels.G % 32 == 0;
@@ -47,11 +43,11 @@ Left NarrowLeftOf(const Problem& problem, int64_t rows) {
       if (problem.weight_dtype == DType::kBFloat16) return Left::kBf16;
       if (!GroupsFitSteps(problem)) return as_float;
       if (!few) return Left::kBf16;
-      return kReadsNibbles && problem.weight_dtype == DType::kInt4 ? Left::kBf16Exact : as_float;
+      return kConvertsIntegers ? Left::kBf16Exact : as_float;
     case DType::kFloat16:
       if (kMultipliesFp16 && problem.weight_dtype == DType::kFloat16) return Left::kFp16;
       if (!GroupsFitSteps(problem)) return as_float;
-      if (kReadsNibbles) return few && problem.weight_dtype == DType::kInt4 ? Left::kSplit : as_float;
+      if (kConvertsIntegers) return few && problem.weight_dtype != DType::kFloat16 ? Left::kSplit : as_float;
       return kSplitsFp16 && !few ? Left::kSplit : as_float;
     default:
       return as_float;
@@ -143,28 +139,30 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   const bool as_it_is =
       std::is_same_v<T, BFloat> || (std::is_same_v<T, Half> && !kSplit) || (kInteger && !antiquant);
   const LeftRows left(product, segment);
-  const bool scales_sums = antiquant && left.left != Left::kBf16;
-  const bool reads_nibbles = kReadsNibbles && std::is_same_v<T, Int4Pair> && scales_sums;
-#if FFN_DOT_BF16 && defined(FFN_AVX512)
-  if (reads_nibbles && left.rows <= kFewRows) {
-    BeginSums(wave, left, columns, tile);
-    return (left.left == Left::kSplit ? MultiplyNibbles<Half>
-                                      : MultiplyNibbles<BFloat>)(product, segment, columns, tile, scratch);
+#if FFN_DOT_INTEGERS
+  if constexpr (kInteger) {
+    if (antiquant && left.left != Left::kBf16) {
+      BeginSums(wave, left, columns, tile);
+      return (left.left == Left::kSplit
+                  ? MultiplyIntegers<T, Half>
+                  : MultiplyIntegers<T, BFloat>)(product, segment, columns, tile, scratch);
+    }
   }
 #endif
+  const bool scales_sums = antiquant && left.left == Left::kSplit;
   const Weight& weight = *product.weight;
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
   const int64_t group_rows = antiquant ? product.K / product.channels->G : product.K;
   // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says
   // how long its blocks are, and all of the task's columns stand side by side.
-  const bool in_place = weight.packed && (as_it_is || reads_nibbles);
+  const bool in_place = weight.packed && as_it_is;
   // Where blocks are many, the next one is asked for while this one is multiplied, and needs room as well.
   const int64_t fits = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
   const int64_t cached = kBeginsSums && fits < product.K ? fits / 2 : fits;
   // Panels and their rests share the first-level cache with the rows that meet them.
   const int64_t shallow = kSplit ? kKBlock / 2 : kKBlock;
-  const int64_t depth = in_place && as_it_is && cached > kKBlock ? cached / kKBlock * kKBlock : shallow;
+  const int64_t depth = in_place && cached > kKBlock ? cached / kKBlock * kKBlock : shallow;
   const int64_t width = in_place ? columns.columns : kMinColumns;
   const Multiplication multiplication;
   if (!kBeginsSums || scales_sums || product.K == 0) BeginSums(wave, left, columns, tile);
@@ -228,31 +226,15 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
                                                nullptr);
             continue;
           }
-          float* const sums = scratch->group;
-          const int64_t sums_stride = TileStride(strip.columns);
-          if (!kBeginsSums) Clear(wave, strip, (left.rows + 15) / 16 * 16, sums);
-          const char* const group_a = left.At(0, block + begin);
-          const Ahead group_ahead = ahead.Part<T>(begin, end);
-          if constexpr (kReadsNibbles && std::is_same_v<T, Int4Pair>) {
-            (left.left == Left::kSplit ? MultiplyPlane<T, 2>
-                                       : MultiplyPlane<T, 1>)(group_a, left,
-                                                              {panels.At<T>(begin, 0), panels.bytes},
-                                                              (end - begin + step - 1) / step, strip.columns,
-                                                              group_ahead, sums, sums_stride, false);
-          } else {
+          if constexpr (kSplitsFp16) {
+            float* const sums = scratch->group;
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
-            const auto multiply_group = [&](auto passes) {
-              multiply(passes, group_a, begin, end, group_ahead, sums, sums_stride, kBeginsSums);
-            };
-            if (left.left == Left::kSplit) {
-              if constexpr (kSplitsFp16) multiply_group(std::integral_constant<int, 2>());
-            } else {
-              multiply_group(std::integral_constant<int, 1>());
-            }
+            multiply(std::integral_constant<int, 2>(), left.At(0, block + begin), begin, end,
+                     ahead.Part<T>(begin, end), sums, TileStride(strip.columns), true);
+            AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
+                      *scratch);
           }
-          AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
-                    *scratch);
         }
         if (!scales_sums) multiply(std::integral_constant<int, 1>(), a, 0, rows, ahead, to, stride, begins);
       } else if constexpr (kSplit) {

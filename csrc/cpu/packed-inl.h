@@ -59,6 +59,11 @@ struct Panel<int8_t> {
   static inline U32 RawBits(const int8_t* row) { return LoadBytes(row); }
 };
 
+// The same panels, where int8 are multiplied as bf16 (dot-inl.h).
+struct WideInt8 {};
+template <>
+struct Panel<WideInt8> : Panel<int8_t> {};
+
 template <>
 struct Panel<Int4Pair> {
   static constexpr int kGroup = kNibbles;

@@ -378,10 +378,10 @@ inline F32 RestOfHalf(F32 half, U32* rounded) {
   return half - FromBits(*rounded);
 }
 
+#if defined(FFN_AVX512)
 // Pair kPair of the int4 in each word (ffn.h: NibbleOf) as two bf16.
 template <int kPair>
 inline U32 PairOfNibbles(U32 word) {
-#if defined(FFN_AVX512)
   // A permutation of 16-bit elements looks at the five lowest bits of an index; the fifth does not matter.
   constexpr uint16_t kTable[32] = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                                    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
@@ -389,10 +389,22 @@ inline U32 PairOfNibbles(U32 word) {
                                    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
   return (U32)_mm512_maskz_permutexvar_epi16(~__mmask32{0}, (__m512i)(word >> (4 * kPair)),
                                              Load<__m512i>(kTable));
-#else
-  return PairOfBf16(SignedNibble<4 * kPair>(word), SignedNibble<4 * kPair + 16>(word));
-#endif
 }
+
+// The first (kPair 0) or the last two int8 in each word as two bf16. A byte that is 128 more is put where it
+// counts 1 in a float32 of 2^23 or of 2^15; the difference to that is the int8, in the upper half alone.
+// (Tables of AVX512_VBMI take half the instructions, and no less time; Zen 4.)
+template <int kPair>
+inline U32 PairOfInt8(U32 word) {
+  constexpr uint16_t kUpper[32] = {1,  33, 3,  35, 5,  37, 7,  39, 9,  41, 11, 43, 13, 45, 15, 47,
+                                   17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
+  word = word ^ 0x80808080u;
+  if constexpr (kPair == 1) word = word >> 16;
+  const F32 first = FromBits((word & 0xff) | Bits(Set(0x1p23f))) - (0x1p23f + 128);
+  const F32 second = FromBits((word & 0xff00) | Bits(Set(0x1p15f))) - (0x1p15f + 128);
+  return (U32)_mm512_permutex2var_epi16((__m512i)first, Load<__m512i>(kUpper), (__m512i)second);
+}
+#endif
 
 // The int8 in each word as pairs of int16: the first and the third, or (kPair 1) the second and the fourth.
 template <int kPair>
@@ -550,8 +562,13 @@ constexpr bool kMultipliesBf16 = FFN_AMX || FFN_DOT_BF16;
 constexpr bool kMultipliesFp16 = !FFN_AMX && FFN_DOT_FP16;
 constexpr bool kMultipliesMatrices = !FFN_AMX && FFN_MATRICES;
 constexpr bool kSplitsFp16 = FFN_AMX;  // three passes of dot products are not faster than one of float32
-// Packed int4 become pairs of bf16 on their way, where that is one permutation.
-constexpr bool kReadsNibbles = !FFN_AMX && kMultipliesBf16 && kLanes == 16;
+// Integers beside few rows become pairs of bf16 on their way, where that takes few instructions.
+#if FFN_DOT_BF16 && defined(FFN_AVX512)
+#define FFN_DOT_INTEGERS 1
+#else
+#define FFN_DOT_INTEGERS 0
+#endif
+constexpr bool kConvertsIntegers = FFN_DOT_INTEGERS;
 
 }  // namespace
 }  // namespace ffn::cpu
