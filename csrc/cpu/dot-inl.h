@@ -308,8 +308,8 @@ struct Groups {
   int64_t N;              // from one group to the next
   int64_t rows;           // of a group
   int64_t columns;        // of the task
-  const float* row_sums;  // of the left operand: by piece and row
-  int64_t left_rows;      // from one piece to the next
+  const float* row_sums;  // of the left operand, as SumPieces has them
+  int64_t left_rows;      // from 32 rows of W to the next
 };
 
 // tile += scale (sums + offset * row sums) of each piece of rows [begin, end) of W. The tile itself stays in
@@ -326,8 +326,7 @@ void ScaledTile(const DotRange& range, const Groups<X>& groups, int64_t begin, i
   if constexpr (kHolds) {
     sums.Each([&](F32&, int r, int v) __attribute__((always_inline)) { total[r][v] = Load<F32>(at(r, v)); });
   }
-  const float* row_sums = groups.row_sums + row;
-  for (int64_t k = begin; k < end; row_sums += groups.left_rows) {
+  for (int64_t k = begin; k < end;) {
     const int64_t piece_end = PieceEnd(k, end, groups.rows);
     sums.Each([&](F32& one, int, int) __attribute__((always_inline)) { one = Set(-0.0f); });
     sums.AddSteps((piece_end - k + 31) / 32, range.a_step);
@@ -341,6 +340,7 @@ void ScaledTile(const DotRange& range, const Groups<X>& groups, int64_t begin, i
         __builtin_prefetch(groups.scale + line);
       });
     }
+    const float* const row_sums = groups.row_sums + (k - begin) / 32 * groups.left_rows + row;
     F32 offset[kVectors], scale[kVectors];
     Unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const int64_t n = v * kLanes;
@@ -379,11 +379,7 @@ void MultiplyIntegers(const Product& product, const Segment& segment, const Colu
   const int64_t width = weight.packed ? columns.columns : kMinColumns;
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth, end = block + rows;
-    float* row_sums = scratch->sums;
-    for (int64_t k = block, piece_end = 0; k < end; k = piece_end, row_sums += left.rows) {
-      piece_end = PieceEnd(k, end, group_rows);
-      for (int64_t r = 0; r < left.rows; ++r) row_sums[r] = SumOfRow(left, r, k, piece_end, scratch);
-    }
+    SumPieces(left, block, end, group_rows, left.rows, scratch);
     for (int64_t n = 0; n < columns.columns; n += width) {
       const int64_t strip = columns.columns - n < width ? columns.columns - n : width;
       if (!weight.packed && rows % 32 != 0) __builtin_memset(scratch->packed, 0, sizeof(scratch->packed));

@@ -341,6 +341,17 @@ inline int64_t PieceEnd(int64_t begin, int64_t end, int64_t group_rows) {
   return piece_end < end ? piece_end : end;
 }
 
+// Sums of the left operand's rows over the pieces of rows [block, end) of W: of the piece that begins at k
+// from (k - block) / 32 * stride on, since a piece has 32 rows at least, or is the last one.
+inline void SumPieces(const LeftRows& left, int64_t block, int64_t end, int64_t group_rows, int64_t stride,
+                      TaskScratch* scratch) {
+  for (int64_t k = block, piece_end = 0; k < end; k = piece_end) {
+    piece_end = PieceEnd(k, end, group_rows);
+    float* const sums = scratch->sums + (k - block) / 32 * stride;
+    for (int64_t r = 0; r < left.rows; ++r) sums[r] = SumOfRow(left, r, k, piece_end, scratch);
+  }
+}
+
 // Between the rows of a task's tile. A power of two would put the rows of long ones into the same few sets of
 // the first-level cache.
 inline int64_t TileStride(int64_t columns) {

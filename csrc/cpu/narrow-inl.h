@@ -105,16 +105,6 @@ void ExpandPairs(const Panels& from, int64_t begin, int64_t end, int64_t columns
   }
 }
 
-// Sums of the left operand's rows over the pieces of a block.
-inline void SumPieces(const LeftRows& left, int64_t block, int64_t end, int64_t group_rows,
-                      TaskScratch* scratch) {
-  for (int64_t k = block, piece_end = 0; k < end; k = piece_end) {
-    piece_end = PieceEnd(k, end, group_rows);
-    float* const sums = scratch->sums + (k - block) / 32 * kMaxRows;
-    for (int64_t r = 0; r < left.rows; ++r) sums[r] = SumOfRow(left, r, k, piece_end, scratch);
-  }
-}
-
 // tile += scale (sums + offset * sum of the row), for a group.
 inline void AddScaled(const float* row_sums, const float* sums, int64_t rows, int64_t columns, float* tile,
                       int64_t stride, const TaskScratch& scratch) {
@@ -149,7 +139,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
     }
   }
 #endif
-  const bool scales_sums = antiquant && left.left == Left::kSplit;
+  const bool scales_sums = kSplitsFp16 && antiquant && left.left == Left::kSplit;
   const Weight& weight = *product.weight;
   const int64_t stride = TileStride(columns.columns);
   const int64_t step = BlockColumns(left.left);
@@ -169,7 +159,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
     const bool begins = kBeginsSums && block == 0;
-    if (scales_sums) SumPieces(left, block, block + rows, group_rows, scratch);
+    if (scales_sums) SumPieces(left, block, block + rows, group_rows, kMaxRows, scratch);
     int64_t n = 0;
 #if FFN_DOT
     if constexpr (kReadsPlain<T>) {
