@@ -144,10 +144,12 @@ class FFN(Packable):
         options = {"activation": self.activation, "output_dtype": self._y_dtype, **tensors}
         if self.x_scale is None:
             return ffn(rows.to(self._x_dtype), **options).to(x.dtype).reshape(x.shape)
-        scaled = rows / self.x_scale
-        y = ffn(scaled.round().clamp(-128, 127).nan_to_num(0).to(torch.int8), **options).to(x.dtype)
-        # int8 holds neither NaN nor infinity: such rows come out as NaN.
-        y = y.masked_fill(~scaled.isfinite().all(-1, keepdim=True), torch.nan).reshape(x.shape)
+        scaled = rows.detach() / self.x_scale
+        # int8 holds neither NaN nor infinity: such rows come out as NaN, which either is times -0, and
+        # adding -0 changes nothing. (isfinite and masked_fill took a tenth of the time; K1 = 384, Zen 4.)
+        unheld = scaled.abs().amax(-1, keepdim=True).mul_(-0.0).to(x.dtype)
+        y = ffn(scaled.round_().clamp_(-128, 127).nan_to_num_(0).to(torch.int8), **options).to(x.dtype)
+        y = (y + unheld).reshape(x.shape)
         return _NoGradient.apply(y, x) if x.requires_grad and torch.is_grad_enabled() else y
 
     def extra_repr(self) -> str:

@@ -109,10 +109,19 @@ inline F32 Quantize(F32 value, F32 scale, F32 offset) {
   const F32 scaled = Round(Rounding::kFp16, value * scale);
   F32 q = Round(Rounding::kFp16, scaled + offset);
   q = q == q ? q : F32{};
-  q = q < -128.0f ? Set(-128.0f) : q;
-  q = q > 127.0f ? Set(127.0f) : q;
+  q = Min(Max(q, Set(-128.0f)), Set(127.0f));
   const F32 to_integer = Set(0x1.8p23f);  // rounds to an integer, ties to even
   return (q + to_integer) - to_integer;
+}
+
+// Row `row` of the intermediate from values already rounded to fp16. A loop of its own: the steps of a vector
+// wait for each other, and those of the next ones can run meanwhile if they are not far. (W8A8 with gelu and
+// K1 = 384: 1.06 times as fast as in the activation's loop; Zen 4.)
+void QuantizeRow(const LeftRows& left, int64_t row, int64_t column, int64_t columns, const float* values,
+                 const float* scale, F32 offset) {
+  for (int64_t n = 0; n < columns; n += kLanes) {
+    left.Put(row, column + n, Quantize(Load<F32>(values + n), Load<F32>(scale + n), offset));
+  }
 }
 
 void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int64_t columns,
@@ -121,7 +130,7 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
   const Steps& steps = wave.steps;
   const int64_t hidden = wave.second.K;
   int64_t stride = 0;
-  const float* tiles[2] = {};  // at the first column of this task
+  float* tiles[2] = {};  // at the first column of this task
   for (int half = 0; half <= (steps.glu ? 1 : 0); ++half) {
     // The right half of a GLU may begin inside a panel; then the panel is computed from its first column.
     const int64_t first = half * hidden + column, skipped = first % kPackedColumns;
@@ -149,6 +158,7 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
   const int gate = problem.activate_left ? 0 : 1;  // the half that the activation is for
   WithActivation(problem.activation, [&](auto activate) {
     for (int64_t r = 0; r < segment.rows; ++r) {
+      float* const row = tiles[0] + r * stride;  // of which each vector is read before
       for (int64_t n = 0; n < columns; n += kLanes) {
         const auto sums = [&](int half) {
           const float* const at = tiles[half] + r * stride + n;
@@ -157,9 +167,13 @@ void FirstProduct(const Wave& wave, const Segment& segment, int64_t column, int6
         };
         const F32 value = steps.glu ? sums(1 - gate) * activate(sums(gate)) : activate(sums(0));
         const F32 hidden_value = Round(steps.hidden, value);
-        left.Put(r, column + n,
-                 steps.quant ? Quantize(hidden_value, LoadFloats(scratch->scale + n), offset) : hidden_value);
+        if (steps.quant) {
+          Store(row + n, hidden_value);
+        } else {
+          left.Put(r, column + n, hidden_value);
+        }
       }
+      if (steps.quant) QuantizeRow(left, r, column, columns, row, scratch->scale, offset);
       if (column + columns == hidden) left.ZeroBeyondK(r);
     }
   });
