@@ -18,6 +18,11 @@ namespace {
 
 using contract::Operand;
 
+template <typename From, typename To>
+void Convert(const void* from, int64_t count, void* to) {
+  std::copy_n(static_cast<const From*>(from), count, static_cast<To*>(to));
+}
+
 // Dense tensors that a Problem points into; they live as long as the call.
 class DenseTensors {
  public:
@@ -27,6 +32,27 @@ class DenseTensors {
   const void* Data(Operand name) {
     if (!arguments_.operands[name]) return nullptr;
     return DenseData(contract::kOperandNames[name], *arguments_.operands[name], kept_);
+  }
+
+  // The same as elements of `dtype`, which holds them exactly: topk_ids as int64, topk_weights as float32.
+  // (torch's conversion goes through the dispatcher: 2 us more, and 20 where its code is not in a cache.)
+  const void* Data(Operand name, ScalarType dtype) {
+    const Tensor& tensor = arguments_.operand(name);
+    const void* const from = Data(name);
+    if (tensor.scalar_type() == dtype) return from;
+    kept_.push_back(NewTensor(contract::kOperandNames[name], tensor.sizes(), dtype));
+    void* const to = kept_.back().mutable_data_ptr();
+    switch (tensor.scalar_type()) {
+      case ScalarType::Int:
+        Convert<int32_t, int64_t>(from, tensor.numel(), to);
+        break;
+      case ScalarType::Half:
+        Convert<torch::headeronly::Half, float>(from, tensor.numel(), to);
+        break;
+      default:  // the contract has no other
+        Convert<torch::headeronly::BFloat16, float>(from, tensor.numel(), to);
+    }
+    return to;
   }
 
   void Fill(cpu::Channels& channels, Operand bias, Operand deq_scale, Operand antiquant_scale,
@@ -76,33 +102,6 @@ Tensor NewY(const Arguments& arguments, const cpu::Problem& problem) {
                    ToTorch(problem.y_dtype));
 }
 
-// Elements in another dtype, which holds them exactly. (torch's conversion goes through the dispatcher: 2 us
-// more, and 20 where its code is not in a cache.)
-template <typename From, typename To>
-const To* Convert(const void* data, int64_t count, std::vector<To>& converted) {
-  const auto* const from = static_cast<const From*>(data);
-  converted.assign(from, from + count);
-  return converted.data();
-}
-
-// The elements `data` of topk_ids.
-const int64_t* Long(const Tensor& tensor, const void* data, std::vector<int64_t>& converted) {
-  if (tensor.scalar_type() == ScalarType::Long) return static_cast<const int64_t*>(data);
-  return Convert<int32_t>(data, tensor.numel(), converted);
-}
-
-// The elements `data` of topk_weights.
-const float* Float(const Tensor& tensor, const void* data, std::vector<float>& converted) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return Convert<torch::headeronly::Half>(data, tensor.numel(), converted);
-    case ScalarType::BFloat16:
-      return Convert<torch::headeronly::BFloat16>(data, tensor.numel(), converted);
-    default:
-      return static_cast<const float*>(data);
-  }
-}
-
 void CheckExpertIds(const int64_t* ids, int64_t count) {
   const int64_t* const negative = std::find_if(ids, ids + count, [](int64_t id) { return id < 0; });
   if (negative == ids + count) return;
@@ -148,12 +147,8 @@ Tensor MoeCpu(const Arguments& arguments, bool activate_left) {
   DenseTensors dense(arguments);
   cpu::Routing routing;
   routing.top_k = checked.plan.facts[contract::kTopKFact];
-  std::vector<int64_t> ids;
-  std::vector<float> weights;
-  routing.ids =
-      Long(arguments.operand(contract::kTopkIdsOperand), dense.Data(contract::kTopkIdsOperand), ids);
-  routing.weights = Float(arguments.operand(contract::kTopkWeightsOperand),
-                          dense.Data(contract::kTopkWeightsOperand), weights);
+  routing.ids = static_cast<const int64_t*>(dense.Data(contract::kTopkIdsOperand, ScalarType::Long));
+  routing.weights = static_cast<const float*>(dense.Data(contract::kTopkWeightsOperand, ScalarType::Float));
   CheckExpertIds(routing.ids, arguments.operand(contract::kTopkIdsOperand).numel());
 
   cpu::Problem problem = cpu::ProblemOf(checked.call, checked.plan);
