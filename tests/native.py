@@ -48,7 +48,7 @@ BOUNDARY = {
 if "amx" in BOUNDARY:
     BOUNDARY["amx"]["fp16"] = 24
 if "avx512_bf16" in BOUNDARY:
-    BOUNDARY["avx512_bf16"] = {"w8a16": 25, "w8a16_bf16": 25, "w4a16": 32, "w4a16_bf16": 32}
+    BOUNDARY["avx512_bf16"] = {"w8a16": 49, "w8a16_bf16": 49, "w4a16": 32, "w4a16_bf16": 32}
 _INT4 = np.dtype(ml_dtypes.int4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

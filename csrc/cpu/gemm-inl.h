@@ -199,18 +199,18 @@ constexpr int kEndToEndRows = kReadsWholePanels ? 1
 // the rows go by.
 template <int kRows, int kWide, typename Use>
 inline void Sweep(int64_t tiles, int64_t lower, int64_t columns, const Use& use) {
+  constexpr int kVectors = kRows <= kWide ? 4 : kRows <= kManyRows ? 2 : 1;
   const auto all_rows = [&](auto vectors, int64_t n) {
-    int64_t tile = 0, row = 0;
-    for (; tile < tiles; ++tile, row += kRows) {
+    int64_t tile = kVectors == 1 ? n % kPackedColumns / kLanes * (tiles + lower) : 0, row = 0;
+    for (int64_t i = 0; i < tiles; ++i, ++tile, row += kRows) {
       use(std::integral_constant<int, kRows>(), vectors, row, n, tile);
     }
     if constexpr (kRows > 1) {
-      for (; tile < tiles + lower; ++tile, row += kRows - 1) {
+      for (int64_t i = 0; i < lower; ++i, ++tile, row += kRows - 1) {
         use(std::integral_constant<int, kRows - 1>(), vectors, row, n, tile);
       }
     }
   };
-  constexpr int kVectors = kRows <= kWide ? 4 : 2;
   int64_t n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
     all_rows(std::integral_constant<int, kVectors>(), n);
@@ -397,10 +397,10 @@ inline int64_t PanelDepth(int64_t columns) {
 // Expanding a panel, or several passes, must pay: so many rows of an expert take integer weights that were
 // scaled first, or fp16 through bf16. Fewer convert on the way, and scale sums. It is the one place where a
 // row's bits depend on how many an expert has. 16 is what a tile of AMX has; the others were measured (24 on
-// AMX, whose fp16 weights take three passes; 25 and 32 on Zen 4).
+// AMX, whose fp16 weights take three passes; 49 and 32 on Zen 4).
 constexpr int64_t FewestRows(DType weight) {
   if (!kConvertsIntegers) return weight == DType::kFloat16 ? 24 : 16;
-  return weight == DType::kInt4 ? 32 : 25;
+  return weight == DType::kInt4 ? 32 : 49;
 }
 
 // How segments that are multiplied as float32 store their left operands.
