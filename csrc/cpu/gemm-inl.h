@@ -223,7 +223,8 @@ inline void Sweep(int64_t tiles, int64_t lower, int64_t columns, const Use& use)
 // Calls use(kRows, kVectors, row, column, tile) for each tile of `rows` rows and `columns` columns, which are
 // rounded up to whole panels; `tile` counts those of a panel. The first two are constants to the compiler.
 // Tiles have up to kMost rows, and none more than one less than others: a low tile uses a panel too little.
-// (4 rows behind 21 times 12 took 5 % of the time; Zen 4.) Those of up to kWide rows have four vectors.
+// (4 rows behind 21 times 12 took 5 % of the time; Zen 4.) Those of up to kWide rows have four vectors,
+// those of more than kManyRows one, half a panel.
 template <int kMost, int kWide = kWideRows, typename Use>
 inline void ForEachTile(int64_t rows, int64_t columns, const Use& use) {
   columns = (columns + kPackedColumns - 1) / kPackedColumns * kPackedColumns;
