@@ -201,13 +201,14 @@ template <int kRows, int kWide, typename Use>
 inline void Sweep(int64_t tiles, int64_t lower, int64_t columns, const Use& use) {
   constexpr int kVectors = kRows <= kWide ? 4 : kRows <= kManyRows ? 2 : 1;
   const auto all_rows = [&](auto vectors, int64_t n) {
-    int64_t tile = kVectors == 1 ? n % kPackedColumns / kLanes * (tiles + lower) : 0, row = 0;
-    for (int64_t i = 0; i < tiles; ++i, ++tile, row += kRows) {
-      use(std::integral_constant<int, kRows>(), vectors, row, n, tile);
+    const int64_t first = kVectors == 1 ? n % kPackedColumns / kLanes * (tiles + lower) : 0;
+    int64_t tile = 0, row = 0;
+    for (; tile < tiles; ++tile, row += kRows) {
+      use(std::integral_constant<int, kRows>(), vectors, row, n, first + tile);
     }
     if constexpr (kRows > 1) {
-      for (int64_t i = 0; i < lower; ++i, ++tile, row += kRows - 1) {
-        use(std::integral_constant<int, kRows - 1>(), vectors, row, n, tile);
+      for (; tile < tiles + lower; ++tile, row += kRows - 1) {
+        use(std::integral_constant<int, kRows - 1>(), vectors, row, n, first + tile);
       }
     }
   };
