@@ -102,7 +102,7 @@ def implementations(
 
 
 @torch.no_grad()
-def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+def measure_model(model: Model, limits: dict[str, float], memory: machine.Memory) -> Iterator[dict[str, Any]]:
     import ffn_ops.hf
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -150,16 +150,18 @@ def measure_model(model: Model, limits: dict[str, float]) -> Iterator[dict[str, 
                 del calls[name]
             hit = len(ids.unique())
             expert = model.matrices * model.I * model.H
-            figures = measure.interleaved(calls, "cold" if cases.COLD_ROWS["moe"] >= M else "warm", SECONDS)
+            start = "cold" if cases.COLD_ROWS["moe"] >= M else "warm"
+            read = hit * expert * x.element_size()
+            bound = measure.bound_by_memory(start, read)
+            figures, rate = measure.interleaved(calls, start, SECONDS, memory=memory if bound else None)
             expected |= {name: figure.seconds / M for name, figure in figures.items() if figure.seconds}
-            least = {
-                "dram": hit * expert * x.element_size() / limits["dram"],
-                **compute_time(limits, dtype, 2 * M * model.top_k * expert),
-            }
+            least = compute_time(limits, dtype, 2 * M * model.top_k * expert)
+            if rate is not None:
+                least["dram"] = read / rate
             limit = max(least, key=least.__getitem__)
             yield {
                 "model": model.name, "dtype": str(dtype)[6:], "M": M, "routing": routing, "experts_hit": hit,
-                "limit": limit, "limit_seconds": least[limit], "pack_seconds": pack_seconds,
+                "limit": limit, "limit_seconds": least[limit], "dram": rate, "pack_seconds": pack_seconds,
                 "error": wrong, "slow": slow,
                 "seconds": {name: f.seconds for name, f in figures.items() if wrong[name] <= 1},
                 "quartiles": {name: f.quartiles for name, f in figures.items()},
@@ -175,6 +177,8 @@ def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float
 
 def line(cell: dict[str, Any]) -> list[str]:
     """A row of the table: all times, and how ours compare with the best of transformers and the limit."""
+    from benchmarks import report
+
     theirs = {name: s for name, s in cell["seconds"].items() if name not in OURS and s}
     best = min(theirs, key=theirs.__getitem__, default="")
 
@@ -195,7 +199,7 @@ def line(cell: dict[str, Any]) -> list[str]:
         f"{cell['dtype']}, M = {cell['M']}{routing}",
         *(ms(name) for name in ("eager", "grouped_mm", "batched_mm", *OURS)),
         over(OURS[0], "grouped_mm"), over(OURS[1], "grouped_mm"), f"{over(mine, best)} {best}".strip(),
-        f"{cell['limit_seconds'] / seconds:.0%} {cell['limit']}" if seconds else "-",
+        report.of_limit(cell, seconds) if seconds else "-",
     ]  # fmt: skip
 
 
@@ -216,9 +220,10 @@ def publish(sources: list[Path]) -> None:
         "1 or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's "
         "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed if "
         "there is that. of limit: the least time that reading the weights of the experts hit, or the "
-        "arithmetic, takes on this machine, over the time. zipf, one-expert and "
-        "empty-experts are skewed routings (benchmarks/cases.py). slow: not measured, since a call takes "
-        f"more than {PATIENCE:.0f} s, or would take a minute by its time with fewer rows.",
+        "arithmetic, takes on this machine, over the time; dram at a rate: what memory gave in turn with the "
+        "samples. zipf, one-expert and empty-experts are skewed routings (benchmarks/cases.py). slow: not "
+        f"measured, since a call takes more than {PATIENCE:.0f} s, or would take a minute by its time with "
+        "fewer rows.",
         "",
     ]
     for source in sources:
@@ -240,16 +245,10 @@ def machine_lines(results: dict[str, Any], name: str) -> list[str]:
         f"Limits: {'; '.join(limits)} ({results['drift']:.0%} drift).",
         "",
     ]
-    if results["drift"] > machine.DRIFT:
-        lines += [
-            "The machine's limits moved by so much while this ran that only ratios within a row mean much; "
-            "of limit takes the better measurement.",
-            "",
-        ]
-    for note in report.eviction_note(results):
+    for note in report.warnings(results):
         lines += [note, ""]
     for cell in results["cells"]:
-        if "limit" in cell:
+        if "limit" in cell and not (cell["limit"] == "dram" and cell.get("dram")):
             limit = cell["limit"]
             cell["limit_seconds"] *= before[limit] / max(before[limit], after[limit])
     for model in MODELS:
@@ -318,13 +317,16 @@ def main(
     for model in chosen:
         table = Table(*HEADINGS, title=f"{model.name}: {model.E} of {model.of} experts")
         # On a terminal a row at a time, drawn between samples: a thread that redraws would disturb them.
-        with Live(table, console=console, auto_refresh=False) as live:
-            for cell in measure_model(model, before):
+        with machine.Memory(threads) as memory, Live(table, console=console, auto_refresh=False) as live:
+            for cell in measure_model(model, before, memory):
                 results["cells"].append(cell)
                 table.add_row(*(line(cell) if "skipped" not in cell else [cell["dtype"], cell["skipped"]]))
                 live.refresh()
     after = machine.probe(threads)
-    results |= {"limits": {"before": before, "after": after}, "drift": machine.drift(before, after)}
+    results |= {
+        "limits": {"before": before, "after": after},
+        "drift": max(machine.drift(before, after).values()),
+    }
     if out is not None:
         out.write_text(json.dumps(results, indent=1))
 

@@ -110,49 +110,71 @@ def commit(root: Path) -> str:
 
 def probe(threads: int) -> dict[str, float]:
     """Operations and bytes per second: FMA in float32, what else multiplies here, and reads from memory."""
-    with ThreadPoolExecutor(threads) as pool:
-        limits = {name: _best(pool, threads, lambda _, name=name: _native.probe_compute(name, PROBE_SECONDS))
-                  for name in _native.probes()}  # fmt: skip
-        with _buffers(threads) as buffers:
-            limits["dram"] = _best(pool, threads, lambda i: _native.probe_read(buffers[i], PROBE_SECONDS))
-    return limits
+    with _Together(threads) as together, Memory(threads) as memory:
+        probes: dict[str, Callable[[], float]] = {
+            name: lambda name=name: together(lambda _: _native.probe_compute(name, PROBE_SECONDS))
+            for name in _native.probes()
+        }
+        probes["dram"] = lambda: memory.rate(PROBE_SECONDS)
+        return {name: _best(rate) for name, rate in probes.items()}
 
 
-class _buffers:
-    """Memory on huge pages where Linux grants them, together well beyond the last cache."""
+class _Together:
+    """Calls by as many threads at the same time, and the sum of what they return."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool, self._barrier, self._threads = ThreadPoolExecutor(threads), Barrier(threads), threads
+
+    def __enter__(self) -> "_Together":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def __call__(self, rate: Callable[[int], float]) -> float:
+        def one(i: int) -> float:
+            self._barrier.wait()
+            return rate(i)
+
+        return sum(self._pool.map(one, range(self._threads)))
+
+
+class Memory:
+    """Buffers on huge pages where Linux grants them, together well beyond the last cache, to be read."""
 
     def __init__(self, threads: int) -> None:
         size = max(4 * last_cache_bytes() // threads, 128 << 20) >> 21 << 21
         self._maps = [mmap.mmap(-1, size) for _ in range(threads)]
-
-    def __enter__(self) -> list[mmap.mmap]:
+        self._together = _Together(threads)
         for memory in self._maps:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             ctypes.memset((ctypes.c_char * len(memory)).from_buffer(memory), 1, len(memory))
-        return self._maps
+
+    def __enter__(self) -> "Memory":
+        return self
 
     def __exit__(self, *_: object) -> None:
-        for memory in self._maps:
-            memory.close()
+        with self._together:
+            for memory in self._maps:
+                memory.close()
+
+    def rate(self, seconds: float = 0) -> float:
+        """Bytes per second of all threads, reading for so long, and each all of its buffer."""
+        return self._together(lambda i: _native.probe_read(self._maps[i], seconds))
 
 
-def _best(pool: ThreadPoolExecutor, threads: int, rate: Callable[[int], float]) -> float:
-    barrier = Barrier(threads)
-
-    def one(i: int) -> float:
-        barrier.wait()
-        return rate(i)
-
+def _best(rate: Callable[[], float]) -> float:
     best = 0.0
     for _ in range(PROBE_ROUNDS):
-        best = max(best, sum(pool.map(one, range(threads))))
+        best = max(best, rate())
         time.sleep(0.05)
     return best
 
 
-def drift(before: dict[str, float], after: dict[str, float]) -> float:
-    return max(abs(after[name] / before[name] - 1) for name in before)
+def drift(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """By limit, how far it has moved."""
+    return {name: abs(after[name] / before[name] - 1) for name in before}
 
 
 def compute_limit(limits: dict[str, float], row_x: str) -> tuple[str, float]:

@@ -22,11 +22,24 @@ MAX_ROUNDS = 15  # when the time is over, and a busy machine leaves too few clea
 IDLE_SECONDS = 0.02  # long enough that a thread pool has gone to sleep
 
 
+def bound_by_memory(start: str, size: int) -> bool:
+    """Whether a call that reads so many bytes of weights can be: not if a cache has them when it starts."""
+    return start in EVICTED or size > machine.last_cache_bytes()
+
+
 class Figure(NamedTuple):
     seconds: float | None  # the median; None: fewer than CLEAN clean samples
     quartiles: tuple[float, float] | None
     clean: int
     dropped: int
+    samples: list[float | None]  # of every round; None: dropped
+
+
+def ratio(one: Figure, other: Figure) -> float | None:
+    """Of their times, round by round: its median moves less than those of the times when the machine does."""
+    pairs = zip(one.samples, other.samples, strict=True)
+    ratios = [mine / its for mine, its in pairs if mine is not None and its is not None]
+    return statistics.median(ratios) if len(ratios) >= CLEAN else None
 
 
 def evict_bytes() -> int:
@@ -65,9 +78,12 @@ def interleaved(
     enter: Callable[[str], None] = lambda name: None,
     switches: Callable[[], int] = switches,
     rest: bool = False,
-) -> dict[str, Figure]:
+    memory: machine.Memory | None = None,
+) -> tuple[dict[str, Figure], float | None]:
     """One sample of each call in every round, until each has ENOUGH clean ones or the time is over: `seconds`
-    for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next.
+    for each call, and no fewer rounds than CLEAN samples take. `enter` is told which call comes next. Also
+    what `memory` gave, the median of a reading in every round: on a shared machine it may be half as much a
+    second later.
 
     Every other round goes backwards, but ends with the same call, so that none follows itself. What one call
     leaves behind (memory to free, say) would else always meet the same other one, and leave that one no clean
@@ -76,29 +92,32 @@ def interleaved(
     names = list(calls)
     orders = names, names[-2::-1] + names[-1:]
     prepare = Start(start, rest)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    dropped = dict.fromkeys(calls, 0)
+    taken: dict[str, list[float | None]] = {name: [] for name in calls}
+    rates: list[float] = []
     end = time.perf_counter() + seconds * len(calls)
     for round in count():
-        fewest = min((len(times) for times in taken.values()), default=ENOUGH)
+        fewest = min((round - times.count(None) for times in taken.values()), default=ENOUGH)
         over = time.perf_counter() > end
         if fewest >= ENOUGH or (over and (fewest >= CLEAN or round >= MAX_ROUNDS)):
             break
+        if memory is not None:
+            rates.append(memory.rate())
         for name in orders[round % 2]:
             enter(name)
             prepare()
             before, begin = switches(), time.perf_counter()
             calls[name]()
             elapsed = time.perf_counter() - begin
-            if switches() - before > max(MAX_SWITCHES, elapsed / SWITCH_SECONDS):
-                dropped[name] += 1
-            else:
-                taken[name].append(elapsed)
-    return {name: summarize(times, dropped[name]) for name, times in taken.items()}
+            clean = switches() - before <= max(MAX_SWITCHES, elapsed / SWITCH_SECONDS)
+            taken[name].append(elapsed if clean else None)
+    figures = {name: summarize(samples) for name, samples in taken.items()}
+    return figures, statistics.median(rates) if rates else None
 
 
-def summarize(times: list[float], dropped: int) -> Figure:
+def summarize(samples: list[float | None]) -> Figure:
+    times = [sample for sample in samples if sample is not None]
+    dropped = len(samples) - len(times)
     if len(times) < CLEAN:
-        return Figure(None, None, len(times), dropped)
+        return Figure(None, None, len(times), dropped, samples)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Figure(median, (low, high), len(times), dropped)
+    return Figure(median, (low, high), len(times), dropped, samples)

@@ -19,6 +19,8 @@ from ffn_ops.activation import activate
 from ffn_ops.contract import GLU
 
 Call = Callable[[], Tensor]
+OURS = {"cpu": ("ours packed", "ours", "ours in the encoder"), "npu": ("ours on NPU",)}  # by device
+OURS_NAMES = {name for names in OURS.values() for name in names}
 
 
 class Peer:

@@ -11,10 +11,10 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.cases import EVICTED_BY
+from benchmarks.machine import DRIFT, drift
+from benchmarks.peers import OURS, OURS_NAMES
 
 Results = dict[str, Any]
-OURS = {"cpu": ("ours packed", "ours", "ours in the encoder"), "npu": ("ours on NPU",)}
-OURS_NAMES = {name for names in OURS.values() for name in names}
 # What csrc/cpu/probe.cc measures, with all threads at once.
 LIMITS = {
     "fma": "fma, float32 multiply-adds in registers:",
@@ -44,12 +44,20 @@ def our_seconds(cell: dict[str, Any], device: str = "cpu") -> float | None:
     return min((time for time in times if time), default=None)
 
 
+def over_ours(cell: dict[str, Any], result: dict[str, Any]) -> float | None:
+    """A peer's time over that of ours in the same process."""
+    if result.get("over_ours"):
+        return result["over_ours"]
+    # Noisy, or of a file from when ratios were of medians.
+    mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
+    return result["seconds"] / mine if mine else None
+
+
 def best_peer(cell: dict[str, Any], device: str = "cpu") -> tuple[str, float] | None:
-    """The fastest, by name, and its time: as if it had run in the process where ours did."""
+    """The fastest, by name, and its time: as if it had run where and when ours did."""
     mine = our_seconds(cell, device)
     times = {
-        name: result["seconds"]
-        * (mine / result["anchor_seconds"] if mine and result.get("anchor_seconds") else 1)
+        name: mine * over if mine and (over := over_ours(cell, result)) else result["seconds"]
         for name, result in _timed(cell).items()
         if name not in OURS_NAMES and result["device"] == device and not result["other_numerics"]
     }
@@ -70,12 +78,26 @@ def warnings(results: Results) -> list[str]:
     found = eviction_note(results)
     if results.get("emulated"):
         found.append(EMULATED)
-    if not results["limits"]["steady"]:
-        found.append(
-            f"The machine's limits moved by {results['limits']['drift']:.0%} while this ran: "
-            "no figure is to be trusted."
-        )
+    limits, cells = results["limits"], results["cells"]
+    timed = [result for cell in cells for result in _timed(cell).values()]
+    if timed and not any("over_ours" in result for result in timed):
+        found.append("Ratios of this file are of medians, and dram is what the probes before and after gave.")
+    moved = {name: by for name, by in drift(limits["before"], limits["after"]).items() if by > DRIFT}
+    if moved:
+        said = " and ".join(f"{name} moved by {by:.0%}" for name, by in moved.items())
+        if set(moved) == {"dram"} and all(cell.get("dram") for cell in cells if cell.get("limit") == "dram"):
+            what = "times of cells that memory bounds hold for their moment; ratios and shares of dram are of"
+        else:
+            what = "shares are of the better measurement, and only ratios mean much, since they are of"
+        found.append(f"While this ran, {said}: {what} samples taken in turn.")
     return found
+
+
+def of_limit(cell: dict[str, Any], seconds: float) -> str:
+    """The share of the cell's limit, its name, and for memory the rate that it gave."""
+    rate = cell.get("dram") if cell["limit"] == "dram" else None
+    at = f" at {rate / 1e9:.0f} GB/s" if rate else ""
+    return f"{cell['limit_seconds'] / seconds:.0%} {cell['limit']}{at}"
 
 
 HEADINGS = ("cell", "peer", "median", "quartiles", "ours is", "of limit", "error", "samples")
@@ -93,10 +115,10 @@ def rows(results: Results) -> Iterator[tuple[str, ...]]:
             if result["status"] != "timed":
                 yield head, name, result["status"], *[""] * (len(HEADINGS) - 3)
                 continue
-            mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
-            ratio = "" if name in OURS_NAMES or mine is None else f"{result['seconds'] / mine:.2f}x"
+            over = None if name in OURS_NAMES else over_ours(cell, result)
+            ratio = "" if over is None else f"{over:.2f}x"
             low, high = result["quartiles"]
-            limit = f"{result['of_limit']:.0%} {cell['limit']}" if "of_limit" in result else ""
+            limit = of_limit(cell, result["seconds"]) if "of_limit" in result else ""
             samples = f"{result['clean']}" + (f" ({result['dropped']} dropped)" if result["dropped"] else "")
             spread = f"{duration(low)} - {duration(high)}"
             error = f"{result['error']:.1e}"
@@ -209,7 +231,7 @@ def plots(results: Results, stem: Path) -> list[Path]:
 
 
 def _timed(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: result for name, result in cell["results"].items() if result["status"] == "timed"}
+    return {name: result for name, result in cell.get("results", {}).items() if result["status"] == "timed"}
 
 
 def _grid(count: int) -> tuple[Any, list[Any]]:
@@ -235,10 +257,10 @@ def _speed_up(results: Results) -> tuple[str, Any] | None:
         if cell["start"] in ("idle", "call") or cell["routing"] not in (None, "uniform") or "part" in cell:
             continue
         for name, result in _timed(cell).items():
-            mine = result.get("anchor_seconds") or our_seconds(cell, result["device"])
-            if name not in OURS_NAMES and mine:
+            over = None if name in OURS_NAMES else over_ours(cell, result)
+            if over is not None:
                 panel = panels.setdefault((cell["shape"], cell["mode"]), {})
-                panel.setdefault(name, []).append((cell["M"], result["seconds"] / mine))
+                panel.setdefault(name, []).append((cell["M"], over))
     if not panels:
         return None
     figure, axes = _grid(len(panels))
@@ -332,10 +354,11 @@ def publish(sources: list[Path], page: Path) -> list[Path]:
         "figure, its quartiles and its samples, of every peer.",
         "",
         "Times are medians of interleaved samples. cold: the weights are out of the caches; idle: they are, "
-        "and the threads have slept. of limit: the least time that the limit named allows, over the time. "
-        "Best peer: the fastest of those whose answer is within the cell's bound; one in a process of its "
-        'own is compared through ours beside it. "ours is": its time over ours. bar: what that is to be. '
-        "error: root mean square, relative to that of the answer; the peer's after the slash.",
+        "and the threads have slept. of limit: the least time that the limit named allows, over the time; "
+        "dram at a rate: what memory gave in turn with the samples. Best peer: the fastest of those whose "
+        "answer is within the cell's bound; one in a process of its own is compared through ours beside it. "
+        '"ours is": its time over ours, the median by round; its time: ours times that. bar: what that is to '
+        "be. error: root mean square, relative to that of the answer; the peer's after the slash.",
         "",
     ]
     drawn = []
@@ -390,7 +413,7 @@ def cell_rows(results: Results, shape: str) -> Iterator[tuple[str, ...]]:
             yield name, "none", *[""] * (len(CELL_HEADINGS) - 2)
             continue
         seconds, peer = mine[1]["seconds"], best_peer(cell, device)
-        limit = f"{mine[1]['of_limit']:.0%} {cell['limit']}" if "of_limit" in mine[1] else ""
+        limit = of_limit(cell, seconds) if "of_limit" in mine[1] else ""
         error = f"{mine[1]['error']:.1e}"
         shown = ("none", "", "")
         if peer is not None:

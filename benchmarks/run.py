@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import encoder, machine
-from benchmarks.cases import COLD_ROWS, EVICTED, EVICTED_BY, SEED, SKEWED, UNIFORM, Mode, Shape
+from benchmarks.cases import COLD_ROWS, EVICTED_BY, SEED, SKEWED, UNIFORM, Mode, Shape
 from benchmarks.peers import load
 
 ROOT = Path(__file__).parents[1]
@@ -99,11 +99,11 @@ def run(options: Options, start: Callable[[int], None], advance: Advance) -> dic
     for shape, mode, peers in jobs:
         results["cells"] += measure_shape(shape, mode, options, peers, end, advance)
     after = machine.probe(options.threads)
-    drift = machine.drift(before, after)
+    drift = max(machine.drift(before, after).values())
     results["limits"] = {"before": before, "after": after, "drift": drift, "steady": drift <= machine.DRIFT}
     best = {name: max(before[name], after[name]) for name in before}  # a limit is what nothing disturbed
     for cell in results["cells"]:
-        set_limit(cell, best, results["machine"]["last_cache_bytes"])
+        set_limit(cell, best)
     return results
 
 
@@ -145,10 +145,9 @@ def measure_shape(
         for index, line in enumerate(lines):
             results = line["results"]
             if anchored:
-                anchor = results.pop(ANCHOR, {}).get("seconds")
-                for result in results.values():
-                    result["anchor_seconds"] = anchor  # of ours, in the same process
-            measured[index].update(line.get("facts", {}))
+                results.pop(ANCHOR, None)
+            # Memory's rate is that of the first that measured it.
+            measured[index] = line.get("facts", {}) | measured[index]
             measured[index]["results"].update(results)
             advance(f"{shape.name}, {mode}", len(results))
     return measured
@@ -246,15 +245,15 @@ def bar(shape: Shape, mode: str, cell: dict[str, Any]) -> dict[str, Any]:
     return {"bar": found[0].ratio, "bar_of": found[0].of} if found else {"bar": 1.0, "bar_of": "peer"}
 
 
-def set_limit(cell: dict[str, Any], limits: dict[str, float], last_cache: int) -> None:
-    """The least time that the machine's limits allow for the cell, and each figure's share of it. Weights
-    that start in a cache are not bound by memory."""
+def set_limit(cell: dict[str, Any], limits: dict[str, float]) -> None:
+    """The least time that the machine's limits allow for the cell, and each figure's share of it. Memory's is
+    what it gave in turn with the samples, for weights that do not start in a cache."""
     if "operations" not in cell:
         return  # every worker of this cell died
     name, rate = machine.compute_limit(limits, Mode(cell["mode"]).row.x)
     times = {name: cell["operations"] / rate}
-    if cell["start"] in EVICTED or cell["bytes"] > last_cache:
-        times["dram"] = cell["bytes"] / limits["dram"]
+    if "dram" in cell:
+        times["dram"] = cell["bytes"] / cell["dram"]
     cell["limit"] = max(times, key=lambda which: times[which])
     cell["limit_seconds"] = times[cell["limit"]]
     for result in cell["results"].values():

@@ -8,6 +8,7 @@ when it died: a line on the pipe would wake the parent in the middle of a sample
 
 import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import torch
 from benchmarks import encoder, machine, measure
 from benchmarks.cases import EVICTED, Case, Shape, Weights
 from benchmarks.check import Answer, Verdict
-from benchmarks.peers import Call, Peer, load
+from benchmarks.peers import OURS_NAMES, Call, Peer, load
 
 DIARY_BYTES = 100
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -57,7 +58,7 @@ def main() -> None:
     def enter(name: str) -> None:
         os.pwrite(diary, name.encode().ljust(DIARY_BYTES), 0)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), machine.Memory(job["threads"]) as memory:
         whole = shape.kind == "encoder"
         weights: Any = (encoder.Models if whole else Weights)(shape, job["mode"])
         slow: dict[str, int] = {}  # rows with which a peer was too slow: with more it would take minutes
@@ -69,15 +70,19 @@ def main() -> None:
             else:
                 case = Case(weights, cell["M"], start, cell["routing"])
                 answer = Answer(case)
+            facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start in EVICTED else 0}
+            bound = measure.bound_by_memory(start, facts.get("bytes", 0))
             able = [peer for peer in peers if slow.get(peer.name, cell["M"]) >= cell["M"]]
-            results = measure_cell(case, answer, able, job["seconds"], job["rest"], enter)
+            results, rate = measure_cell(case, answer, able, job["seconds"], job["rest"], enter,
+                                         memory if bound else None)  # fmt: skip
             for peer in peers:
                 if peer not in able:
                     reason = f"too slow with {slow[peer.name]} rows already"
                     results[peer.name] = {"status": "slow", "reason": reason}
                 elif results[peer.name]["status"] == "slow":
                     slow[peer.name] = min(cell["M"], slow.get(peer.name, cell["M"]))
-            facts = case.facts | {"evicted_bytes": measure.evict_bytes() if start in EVICTED else 0}
+            if rate is not None:
+                facts["dram"] = rate
             lines.write(json.dumps({"facts": facts, "results": results}) + "\n")
 
 
@@ -88,10 +93,16 @@ def seconds_of(call: Call) -> float:
 
 
 def measure_cell(
-    case: Any, answer: Any, peers: list[Peer], seconds: float, rest: bool, enter: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """By peer: its figure, or why it has none. `rest` as for measure.Start; `enter` is told whose code is
-    about to run."""
+    case: Any,
+    answer: Any,
+    peers: list[Peer],
+    seconds: float,
+    rest: bool,
+    enter: Callable[[str], None],
+    memory: machine.Memory | None,
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """By peer: its figure, or why it has none; and the rate of memory. `rest` as for measure.Start; `enter`
+    is told whose code is about to run; `memory` as for measure.interleaved."""
     results: dict[str, dict[str, Any]] = {}
     ready: dict[str, Ready] = {}
     for peer in peers:
@@ -128,8 +139,10 @@ def measure_cell(
                              "call_seconds": one.call_seconds}  # fmt: skip
             del ready[name]
     calls = {name: one.call for name, one in ready.items()}
-    figures = measure.interleaved(calls, case.start, seconds, enter, rest=rest)
+    figures, rate = measure.interleaved(calls, case.start, seconds, enter, rest=rest, memory=memory)
     by_name = {peer.name: peer for peer in peers}
+    ours = {name: figures[name].seconds for name in figures if name in OURS_NAMES and figures[name].seconds}
+    base = min(ours, key=lambda name: ours[name] or math.inf, default=None)
     for name, one in ready.items():
         figure, peer = figures[name], by_name[name]
         packed = peer.weight1(case)
@@ -147,11 +160,12 @@ def measure_cell(
             "pack_seconds": one.make_seconds or None,
             "huge_share": None if inside is None else machine.huge_share(inside),
             "other_numerics": peer.other_numerics,
+            "over_ours": base and measure.ratio(figure, figures[base]),
         }
         if figure.seconds is None:
             result["reason"] = f"fewer than {measure.CLEAN} samples without context switches"
         results[name] = result
-    return results
+    return results, rate
 
 
 if __name__ == "__main__":
