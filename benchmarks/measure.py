@@ -36,10 +36,13 @@ class Figure(NamedTuple):
 
 
 def ratio(one: Figure, other: Figure) -> float | None:
-    """Of their times, round by round: its median moves less than those of the times when the machine does."""
+    """Of their times, round by round: its median moves less than those of the times when the machine does.
+    Of these where fewer than CLEAN rounds have a sample of both, and None where one has no median."""
     pairs = zip(one.samples, other.samples, strict=True)
     ratios = [mine / its for mine, its in pairs if mine is not None and its is not None]
-    return statistics.median(ratios) if len(ratios) >= CLEAN else None
+    if len(ratios) >= CLEAN:
+        return statistics.median(ratios)
+    return one.seconds / other.seconds if one.seconds and other.seconds else None
 
 
 def evict_bytes() -> int:

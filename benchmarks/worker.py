@@ -8,7 +8,6 @@ when it died: a line on the pipe would wake the parent in the middle of a sample
 
 import ctypes
 import json
-import math
 import os
 import signal
 import sys
@@ -141,8 +140,8 @@ def measure_cell(
     calls = {name: one.call for name, one in ready.items()}
     figures, rate = measure.interleaved(calls, case.start, seconds, enter, rest=rest, memory=memory)
     by_name = {peer.name: peer for peer in peers}
-    ours = {name: figures[name].seconds for name in figures if name in OURS_NAMES and figures[name].seconds}
-    base = min(ours, key=lambda name: ours[name] or math.inf, default=None)
+    ours = [figure for name, figure in figures.items() if name in OURS_NAMES and figure.seconds]
+    base = min(ours, key=lambda figure: figure.seconds or 0.0, default=None)
     for name, one in ready.items():
         figure, peer = figures[name], by_name[name]
         packed = peer.weight1(case)
@@ -160,7 +159,7 @@ def measure_cell(
             "pack_seconds": one.make_seconds or None,
             "huge_share": None if inside is None else machine.huge_share(inside),
             "other_numerics": peer.other_numerics,
-            "over_ours": base and measure.ratio(figure, figures[base]),
+            "over_ours": base and measure.ratio(figure, base),
         }
         if figure.seconds is None:
             result["reason"] = f"fewer than {measure.CLEAN} samples without context switches"

@@ -106,9 +106,8 @@ def test_a_peer_that_crashes_is_reported_and_the_others_are_timed(results: dict[
 def test_a_peer_with_a_process_of_its_own_has_ours_beside_it(results: dict[str, Any]) -> None:
     for cell in results["cells"]:
         alone = cell["results"]["tests.bench_peers:Alone"]
-        assert alone["status"] in ("timed", "noisy")
-        if alone["status"] == "timed" and cell["results"]["ours"]["status"] == "timed":
-            assert alone["over_ours"] > 0
+        assert alone["status"] in ("timed", "noisy") and "over_ours" in alone
+        assert alone["over_ours"] is None or alone["over_ours"] > 0  # None: one of them is noisy
 
 
 def test_absent_peers_are_named(results: dict[str, Any]) -> None:
@@ -228,6 +227,8 @@ def test_a_ratio_is_of_samples_of_the_same_round() -> None:
     assert peer.seconds and ours.seconds and peer.seconds / ours.seconds != 2
     assert measure.ratio(peer, ours) == 2
     assert measure.ratio(measure.summarize([None] * 3 + [1.0] * 4), ours) is None
+    apart = measure.summarize([1.0] * 5 + [None] * 5), measure.summarize([None] * 5 + [4.0] * 5)
+    assert measure.ratio(*apart) == 0.25  # of medians
 
 
 def test_calls_are_measured_in_turn_and_none_behind_itself() -> None:
