@@ -165,6 +165,8 @@ def measure_model(model: Model, limits: dict[str, float], memory: machine.Memory
                 "error": wrong, "slow": slow,
                 "seconds": {name: f.seconds for name, f in figures.items() if wrong[name] <= 1},
                 "quartiles": {name: f.quartiles for name, f in figures.items()},
+                "over": {ours: {name: measure.ratio(f, figures[ours]) for name, f in figures.items()}
+                         for ours in OURS if ours in figures},
                 "histogram": ids.flatten().bincount(minlength=model.E).tolist(),
             }  # fmt: skip
         del experts, packed, truth
@@ -176,7 +178,8 @@ def compute_time(limits: dict[str, float], dtype: torch.dtype, operations: float
 
 
 def line(cell: dict[str, Any]) -> list[str]:
-    """A row of the table: all times, and how ours compare with the best of transformers and the limit."""
+    """A row of the table: all times, and how ours compare with the best of transformers and the limit. Files
+    from before ratios were by round have none."""
     from benchmarks import report
 
     theirs = {name: s for name, s in cell["seconds"].items() if name not in OURS and s}
@@ -190,7 +193,10 @@ def line(cell: dict[str, Any]) -> list[str]:
 
     def over(name: str, base: str) -> str:
         ours, other = cell["seconds"].get(name), theirs.get(base)
-        return f"{other / ours:.2f}x" if ours and other else "-"
+        if not ours or not other:
+            return "-"
+        ratio = cell["over"][name][base] if "over" in cell else other / ours
+        return f"{ratio:.2f}x"
 
     mine = OURS[1] if cell["seconds"].get(OURS[1]) else OURS[0]
     seconds = cell["seconds"].get(mine)
@@ -216,12 +222,13 @@ def publish(sources: list[Path]) -> None:
         "",
         f"Generated from {links} by `python -m benchmarks.hugging_face --publish`; do not edit.",
         "",
-        "One experts module, from hidden states, ids and weights to y; medians of interleaved samples. M is "
-        "1 or 8 tokens of decoding with cold weights, or a prompt of 512. plain: ffn_ops with the model's "
-        "own parameters (Switch: after `ffn_ops.patch`); packed: after `ffn_ops.hf.pack_`; ours: packed if "
-        "there is that. of limit: the least time that reading the weights of the experts hit, or the "
-        "arithmetic, takes on this machine, over the time; dram at a rate: what memory gave in turn with the "
-        "samples. zipf, one-expert and empty-experts are skewed routings (benchmarks/cases.py). slow: not "
+        "One experts module, from hidden states, ids and weights to y; medians of interleaved samples, and "
+        "of their ratios by round. M is 1 or 8 tokens of decoding with cold weights, or a prompt of 512. "
+        "plain: ffn_ops with the model's own parameters (Switch: after `ffn_ops.patch`); packed: after "
+        "`ffn_ops.hf.pack_`; ours: packed if there is that. of limit: the least time that reading the "
+        "weights of the experts hit, or the arithmetic, takes on this machine, over the time; dram at a "
+        "rate: what memory gave in turn with the samples. zipf, one-expert and empty-experts are skewed "
+        "routings (benchmarks/cases.py). slow: not "
         f"measured, since a call takes more than {PATIENCE:.0f} s, or would take a minute by its time with "
         "fewer rows.",
         "",

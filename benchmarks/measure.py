@@ -19,7 +19,6 @@ ENOUGH = 25
 # seconds, since a timer's work on a busy core is one too.
 MAX_SWITCHES, SWITCH_SECONDS = 1, 0.02
 MAX_ROUNDS = 15  # when the time is over, and a busy machine leaves too few clean samples
-IDLE_SECONDS = 0.02  # long enough that a thread pool has gone to sleep
 
 
 def bound_by_memory(start: str, size: int) -> bool:
@@ -65,7 +64,7 @@ class Start:
             # writing the cache back: half as long again for 75 MB of weights, with a cache of 32 MB.
             self._buffer.sum()
         if self.start == "idle" or self.rest:
-            time.sleep(IDLE_SECONDS)
+            time.sleep(machine.IDLE_SECONDS)
         if self.start == "call":
             torch.npu.synchronize()
 

@@ -79,9 +79,13 @@ def warnings(results: Results) -> list[str]:
     if results.get("emulated"):
         found.append(EMULATED)
     limits, cells = results["limits"], results["cells"]
-    timed = [result for cell in cells for result in _timed(cell).values()]
-    if timed and not any("over_ours" in result for result in timed):
-        found.append("Ratios of this file are of medians, and dram is what the probes before and after gave.")
+    # The Hugging Face benchmark's cells have their ratios themselves.
+    timed = [result for cell in cells for result in (_timed(cell).values() if "results" in cell else [cell])]
+    if timed and not any("over_ours" in result or "over" in result for result in timed):
+        found.append(
+            "Ratios of this file are of medians, and dram is what the probes before and after gave: the sum "
+            "of the threads' own best rates, which is more than they have together."
+        )
     moved = {name: by for name, by in drift(limits["before"], limits["after"]).items() if by > DRIFT}
     if moved:
         said = " and ".join(f"{name} moved by {by:.0%}" for name, by in moved.items())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import encoder, measure, report, run
+from benchmarks import encoder, machine, measure, report, run
 from benchmarks.cases import EVICTED, SHAPES, SKEWED, UNIFORM, Case, Weights, read_shapes, route
 from benchmarks.check import Answer
 from benchmarks.peers import Eager, Ours
@@ -209,6 +209,13 @@ def test_cells_that_memory_may_bound_have_its_rate_beside_them(quiet: dict[str, 
     assert (cell["limit"], cell["limit_seconds"]) == ("dram", 2.0)
     assert cell["results"]["ours"]["of_limit"] == 2.0 / 2e-3
     assert report.of_limit(cell, 4.0) == "50% dram at 3 GB/s"
+
+
+def test_the_rate_of_memory_is_what_all_threads_have_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [(0.0, 1.0), (1.0, 4.0)]  # one thread after the other
+    with machine.Memory(2) as memory:
+        monkeypatch.setattr(machine._Together, "__call__", lambda self, call: spans)
+        assert memory.rate() == sum(map(len, memory._maps)) / 4.0
 
 
 def test_a_figure_needs_five_clean_samples() -> None:

@@ -294,16 +294,18 @@ std::string RowEnds(const int64_t* expert_tokens, int64_t E, int64_t M, bool tok
   int64_t end = 0;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t value = expert_tokens[e];
-    const std::string subject = "expert_tokens[" + std::to_string(e) + "] is " + std::to_string(value);
+    const auto subject = [&] {
+      return "expert_tokens[" + std::to_string(e) + "] is " + std::to_string(value);
+    };
     if (value < (tokens_index_flag ? end : 0)) {
-      return subject + (tokens_index_flag
-                            ? ", but end rows start at 0 and cannot decrease (leave tokens_index_flag out "
-                              "to pass counts)"
-                            : ", but a count of rows cannot be negative (pass the number of rows of each "
-                              "expert)");
+      return subject() + (tokens_index_flag
+                              ? ", but end rows start at 0 and cannot decrease (leave tokens_index_flag out "
+                                "to pass counts)"
+                              : ", but a count of rows cannot be negative (pass the number of rows of each "
+                                "expert)");
     }
     if (value > (tokens_index_flag ? M : M - end)) {
-      return subject + ", but then experts own more than the M = " + std::to_string(M) +
+      return subject() + ", but then experts own more than the M = " + std::to_string(M) +
              " rows of x (their total must be M; " + (tokens_index_flag ? "end rows" : "counts") +
              " were expected)";
     }

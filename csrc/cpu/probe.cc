@@ -188,27 +188,6 @@ double Seconds(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-template <size_t kStreams>
-double ReadStreams(const void* data, size_t size, double seconds) {
-  constexpr size_t kWords = 8;  // a line of 64 bytes each
-  const size_t lines = size / (kStreams * kWords * sizeof(uint64_t));
-  const auto* const words = static_cast<const uint64_t*>(data);
-  const auto begin = Clock::now();
-  double bytes = 0;
-  uint64_t sums[kWords] = {};
-  do {
-    for (size_t line = 0; line < lines; ++line) {
-      for (size_t stream = 0; stream < kStreams; ++stream) {
-        const uint64_t* const at = words + (stream * lines + line) * kWords;
-        for (size_t i = 0; i < kWords; ++i) sums[i] += at[i];
-      }
-    }
-    bytes += static_cast<double>(lines * kStreams * kWords * sizeof(uint64_t));
-  } while (Seconds(begin) < seconds);
-  for (const uint64_t sum : sums) sink = static_cast<float>(sum);
-  return bytes / Seconds(begin);
-}
-
 }  // namespace
 
 const char* const* ComputeProbes(size_t* count) {
@@ -234,10 +213,18 @@ double ProbeCompute(const char* name, double seconds) {
   return -1;
 }
 
-double ProbeRead(const void* data, size_t size, double seconds) {
-  // On some CPUs one stream does not keep enough lines on their way, on others more of them disturb each
-  // other.
-  return std::max(ReadStreams<1>(data, size, seconds / 2), ReadStreams<8>(data, size, seconds / 2));
+void ProbeRead(const void* data, size_t size, size_t streams) {
+  constexpr size_t kWords = 8;  // a line of 64 bytes each
+  const size_t lines = size / (streams * kWords * sizeof(uint64_t));
+  const auto* const words = static_cast<const uint64_t*>(data);
+  uint64_t sums[kWords] = {};
+  for (size_t line = 0; line < lines; ++line) {
+    for (size_t stream = 0; stream < streams; ++stream) {
+      const uint64_t* const at = words + (stream * lines + line) * kWords;
+      for (size_t i = 0; i < kWords; ++i) sums[i] += at[i];
+    }
+  }
+  for (const uint64_t sum : sums) sink = static_cast<float>(sum);
 }
 
 }  // namespace ffn::cpu

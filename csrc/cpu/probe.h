@@ -15,7 +15,7 @@ const char* const* ComputeProbes(size_t* count);
 // unknown name.
 double ProbeCompute(const char* name, double seconds);
 
-// Bytes per second of reading `size` bytes again and again for about `seconds`, in several streams.
-double ProbeRead(const void* data, size_t size, double seconds);
+// Reads `size` bytes once, in `streams` streams side by side, of which there is one at least.
+void ProbeRead(const void* data, size_t size, size_t streams);
 
 }  // namespace ffn::cpu

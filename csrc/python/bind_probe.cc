@@ -28,10 +28,11 @@ double Compute(const std::string& name, double seconds) {
   return rate;
 }
 
-double Read(const py::buffer& buffer, double seconds) {
+void Read(const py::buffer& buffer, size_t streams) {
+  if (streams == 0) throw py::value_error("streams is 0, but a buffer is read in one or more (pass 1)");
   const py::buffer_info info = buffer.request();
   const py::gil_scoped_release released;
-  return cpu::ProbeRead(info.ptr, static_cast<size_t>(info.size * info.itemsize), seconds);
+  cpu::ProbeRead(info.ptr, static_cast<size_t>(info.size * info.itemsize), streams);
 }
 
 }  // namespace
@@ -39,7 +40,7 @@ double Read(const py::buffer& buffer, double seconds) {
 void BindProbe(py::module_& module) {
   module.def("probes", &Names, "What this machine multiplies with: the names that probe_compute takes.");
   module.def("probe_compute", &Compute, "Operations per second of the calling thread.");
-  module.def("probe_read", &Read, "Bytes per second that the calling thread reads from a buffer.");
+  module.def("probe_read", &Read, "Reads a buffer once, in so many streams.");
 }
 
 }  // namespace ffn
