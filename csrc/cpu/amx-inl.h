@@ -15,8 +15,7 @@ namespace {
 // The steps of a tile along k: 32 bf16 or 64 int8.
 constexpr int64_t kStepBytes = kTileHeight * kPackedColumns * 4;  // of a panel
 
-// Whether MultiplyPlane begins sums, so that nobody has to.
-constexpr bool kBeginsSums = true;
+constexpr bool kAsksForRows = true;  // of the left operand's next block, for which it needs room as well
 
 // What the instructions need while they are in use.
 using Multiplication = TileSession;
@@ -29,15 +28,6 @@ struct Asks {
 
   Asks(const Ahead& all, int64_t blocks, int64_t steps)
       : ahead(all.Shared(blocks, all.lines)), each((ahead.share + steps - 1) / steps) {}
-};
-
-// A row of sums of nothing, which whatever is added leaves as it is (Clear in gemm-inl.h).
-template <bool kInt>
-struct alignas(64) NoSums {
-  uint32_t bits[kPackedColumns];
-  constexpr NoSums() : bits() {
-    for (uint32_t& sum : bits) sum = kInt ? 0 : 0x80000000;
-  }
 };
 
 // kRowTiles x 2 tiles of c (float32 or int32) = `from` + `steps` steps of a and a panel. kNear: the panel is
@@ -94,12 +84,12 @@ inline __attribute__((always_inline)) void MultiplyBlock(const char* a, int64_t 
 }
 
 // c[left.rows][stride] += `steps` steps of the left operand times panels of T, in kPasses (MultiplyBlock).
-// `begins`: c has no sums yet, which saves clearing it. Up to 15 rows beyond the last are written too.
+// c need not be cleared where `begins` is not null: its sums begin with nothing. Up to 15 rows beyond the
+// last are written too.
 template <typename T, int kPasses = 1>
 void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, int64_t steps, int64_t columns,
-                   const Ahead& ahead, float* c, int64_t stride, bool begins) {
+                   const Ahead& ahead, float* c, int64_t stride, const uint32_t* begins) {
   constexpr bool kInt = std::is_same_v<T, int8_t>;
-  static constexpr NoSums<kInt> kNoSums;
   const int64_t a_step = left.rows * kTileRowBytes, plane = kPasses > 1 ? left.PlaneBytes() : 0;
   const int64_t blocks = (left.rows + 2 * kTileHeight - 1) / (2 * kTileHeight);
   const Asks panels_asked(blocks > 1 ? ahead : Ahead{}, blocks, steps);
@@ -110,11 +100,10 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
       const int64_t block = r / (2 * kTileHeight);
       char* const to = reinterpret_cast<char*>(c + r * stride + n);
       const auto multiply = [&](auto tiles, auto near) __attribute__((always_inline)) {
-        MultiplyBlock<kInt, kPasses, tiles, near>(a + r * kTileRowBytes, a_step, plane, panel, steps,
-                                                  panels_asked.ahead.From(n, block, panel), panels_asked.each,
-                                                  rows_asked.ahead.From(n, block, a), rows_asked.each,
-                                                  begins ? reinterpret_cast<const char*>(kNoSums.bits) : to,
-                                                  begins ? 0 : stride * 4, to, stride * 4);
+        MultiplyBlock<kInt, kPasses, tiles, near>(
+            a + r * kTileRowBytes, a_step, plane, panel, steps, panels_asked.ahead.From(n, block, panel),
+            panels_asked.each, rows_asked.ahead.From(n, block, a), rows_asked.each,
+            begins ? reinterpret_cast<const char*>(begins) : to, begins ? 0 : stride * 4, to, stride * 4);
       };
       const bool both = left.rows - r > kTileHeight;
       if (blocks > 1) {
@@ -128,9 +117,27 @@ void MultiplyPlane(const char* a, const LeftRows& left, const Panels& panels, in
   }
 }
 
-// The tile that the products are added to, where MultiplyPlane does not begin them.
-inline void BeginSums(const Wave& wave, const LeftRows& left, const Columns& columns, float* tile) {
-  Clear(wave, columns, (left.rows + kTileHeight - 1) / kTileHeight * kTileHeight, tile);
+// A row of sums of nothing, which whatever is added leaves as it is (Clear in gemm-inl.h).
+template <bool kInt>
+struct alignas(64) NoSums {
+  uint32_t bits[kPackedColumns];
+  constexpr NoSums() : bits() {
+    for (uint32_t& sum : bits) sum = kInt ? 0 : 0x80000000;
+  }
+};
+
+// What the sums of every row begin with.
+inline const uint32_t* BeginningsOf(const LeftRows& left, const Segment&, TaskScratch*) {
+  static constexpr NoSums<true> kInts;
+  static constexpr NoSums<false> kFloats;
+  return left.left == Left::kInt8 ? kInts.bits : kFloats.bits;
+}
+
+// Where MultiplyPlane does not begin the sums.
+inline void BeginSums(const LeftRows& left, const Columns& columns, const uint32_t* begins, float* tile) {
+  const int64_t rows = (left.rows + kTileHeight - 1) / kTileHeight * kTileHeight;
+  for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes)
+    Store(tile + i, SetBits(begins[0]));
 }
 
 }  // namespace

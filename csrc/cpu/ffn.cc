@@ -214,6 +214,7 @@ void RunFfn(const Problem& p, const ParallelFor& parallel, const char* isa) {
                                            static_cast<int64_t>(segments.size()), cache_bytes, workers);
         tasks += RoundUp(columns, segment.task_columns) / segment.task_columns;
       }
+      for (int64_t worker = 0; worker < workers; ++worker) scratch[worker].begins_of = nullptr;
       ForEach(parallel, workers, tasks, [&](int64_t i, int64_t worker) {
         const Segment& segment = *(std::upper_bound(segments.begin(), segments.end(), i, BeforeTasks) - 1);
         const int64_t column = (i - segment.first_task) * segment.task_columns;

@@ -105,7 +105,7 @@ struct ParallelFor {
 void RunFfn(const Problem& problem, const ParallelFor& parallel, const char* isa = nullptr);
 
 // Bytes of scratch RunFfn allocates for this problem: at most 24 MiB for the rows of one wave (or one row,
-// where that is more) and 864 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
+// where that is more) and 936 KiB a thread, whatever M is. Up to 64 MiB stay with the calling thread for its
 // next call.
 size_t ScratchBytes(const Problem& problem, const ParallelFor& parallel);
 

@@ -110,6 +110,8 @@ struct alignas(64) TaskScratch {
   float antiquant_scale[kMaxColumns];
   float sums[kKBlock / 32 * kMaxRows];  // of the left operand: by row, for each group of a block
   float row[kKBlock];                   // of the left operand as float32
+  uint32_t begins[kMaxRows];            // what the sums of a segment's rows begin with, as bits
+  const Segment* begins_of;             // the segment; the driver sets null before each product
 };
 
 // In TaskScratch::panel, from pairs of bf16 to those that rounding left over.

@@ -132,7 +132,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
 #if FFN_DOT_INTEGERS
   if constexpr (kInteger) {
     if (antiquant && left.left != Left::kBf16) {
-      BeginSums(wave, left, columns, tile);
+      Clear(wave, columns, left.rows, tile);
       return (left.left == Left::kSplit
                   ? MultiplyIntegers<T, Half>
                   : MultiplyIntegers<T, BFloat>)(product, segment, columns, tile, scratch);
@@ -147,23 +147,28 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
   // A packed weight that is multiplied as it is needs no scratch: the left operand's part of the cache says
   // how long its blocks are, and all of the task's columns stand side by side.
   const bool in_place = weight.packed && as_it_is;
-  // Where blocks are many, the next one is asked for while this one is multiplied, and needs room as well.
   const int64_t fits = wave.cache_bytes / 4 / (left.rows * step * left.ItemBytes()) * step;
-  const int64_t cached = kBeginsSums && fits < product.K ? fits / 2 : fits;
+  const int64_t cached = kAsksForRows && fits < product.K ? fits / 2 : fits;
   // Panels and their rests share the first-level cache with the rows that meet them.
   const int64_t shallow = kSplit ? kKBlock / 2 : kKBlock;
   const int64_t depth = in_place && cached > kKBlock ? cached / kKBlock * kKBlock : shallow;
   const int64_t width = in_place ? columns.columns : kMinColumns;
   const Multiplication multiplication;
-  if (!kBeginsSums || scales_sums || product.K == 0) BeginSums(wave, left, columns, tile);
+  bool reads_plain = false;
+#if FFN_DOT
+  reads_plain = ReadsPlain<T>(weight, left.left) && left.rows <= kDotRows;
+#endif
+  const uint32_t* const begins = BeginningsOf(left, segment, scratch);
+  const bool begun = scales_sums || reads_plain || product.K == 0;
+  if (begun) BeginSums(left, columns, begins, tile);
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
-    const bool begins = kBeginsSums && block == 0;
+    const uint32_t* const begins_now = begun || block > 0 ? nullptr : begins;
     if (scales_sums) SumPieces(left, block, block + rows, group_rows, kMaxRows, scratch);
     int64_t n = 0;
 #if FFN_DOT
     if constexpr (kReadsPlain<T>) {
-      if (ReadsPlain<T>(weight, left.left) && left.rows <= kDotRows && rows % step == 0) {
+      if (reads_plain && rows % step == 0) {
         n = columns.columns / kPackedColumns * kPackedColumns;
         MultiplyPlain<T>(left, weight, {segment.expert, block, rows, columns.column, n}, tile, stride);
       }
@@ -197,7 +202,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       // Steps of pairs that scratch holds.
       [[maybe_unused]] const auto multiply = [&](auto passes, const char* a, int64_t begin, int64_t end,
                                                  const Ahead& ahead, float* to, int64_t to_stride,
-                                                 bool begins) {
+                                                 const uint32_t* begins) {
         MultiplyPlane<BFloat, passes>(a, left, {high + begin / step * kStepBytes, pairs.bytes},
                                       (end - begin + step - 1) / step, strip.columns, ahead, to, to_stride,
                                       begins);
@@ -205,7 +210,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
       if constexpr (kInteger) {
         if (!antiquant) {
           MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride,
-                           begins);
+                           begins_now);
           continue;
         }
         for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
@@ -221,17 +226,19 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
             ExpandPairs<T, Expansion::kExact>(panels, begin, end, strip.columns, pairs.bytes, *scratch, high,
                                               nullptr);
             multiply(std::integral_constant<int, 2>(), left.At(0, block + begin), begin, end,
-                     ahead.Part<T>(begin, end), sums, TileStride(strip.columns), true);
+                     ahead.Part<T>(begin, end), sums, TileStride(strip.columns), begins);
             AddScaled(scratch->sums + begin / 32 * kMaxRows, sums, left.rows, strip.columns, to, stride,
                       *scratch);
           }
         }
-        if (!scales_sums) multiply(std::integral_constant<int, 1>(), a, 0, rows, ahead, to, stride, begins);
+        if (!scales_sums)
+          multiply(std::integral_constant<int, 1>(), a, 0, rows, ahead, to, stride, begins_now);
       } else if constexpr (kSplit) {
         ExpandPairs<T, Expansion::kSplit>(panels, 0, rows, strip.columns, pairs.bytes, *scratch, high, rest);
-        multiply(std::integral_constant<int, 3>(), a, 0, rows, ahead, to, stride, begins);
+        multiply(std::integral_constant<int, 3>(), a, 0, rows, ahead, to, stride, begins_now);
       } else {
-        MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride, begins);
+        MultiplyPlane<T>(a, left, panels, (rows + step - 1) / step, strip.columns, ahead, to, stride,
+                         begins_now);
       }
     }
   }
