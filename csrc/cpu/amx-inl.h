@@ -134,10 +134,9 @@ inline const uint32_t* BeginningsOf(const LeftRows& left, const Segment&, TaskSc
 }
 
 // Where MultiplyPlane does not begin the sums.
-inline void BeginSums(const LeftRows& left, const Columns& columns, const uint32_t* begins, float* tile) {
-  const int64_t rows = (left.rows + kTileHeight - 1) / kTileHeight * kTileHeight;
-  for (int64_t i = 0; i < rows * TileStride(columns.columns); i += kLanes)
-    Store(tile + i, SetBits(begins[0]));
+inline void BeginSums(const Wave& wave, const LeftRows& left, const Columns& columns, const uint32_t*,
+                      float* tile) {
+  Clear(wave, columns, (left.rows + kTileHeight - 1) / kTileHeight * kTileHeight, tile);
 }
 
 }  // namespace

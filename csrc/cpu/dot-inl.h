@@ -478,7 +478,8 @@ inline const uint32_t* BeginningsOf(const LeftRows& left, const Segment& segment
 }
 
 // Where MultiplyPlane does not begin the sums.
-inline void BeginSums(const LeftRows& left, const Columns& columns, const uint32_t* begins, float* tile) {
+inline void BeginSums(const Wave&, const LeftRows& left, const Columns& columns, const uint32_t* begins,
+                      float* tile) {
   const int64_t stride = TileStride(columns.columns);
   for (int64_t r = 0; r < left.rows; ++r) {
     for (int64_t n = 0; n < stride; n += kLanes) Store(tile + r * stride + n, SetBits(begins[r]));

@@ -160,7 +160,7 @@ void MultiplyNarrowRows(const Wave& wave, const Product& product, const Segment&
 #endif
   const uint32_t* const begins = BeginningsOf(left, segment, scratch);
   const bool begun = scales_sums || reads_plain || product.K == 0;
-  if (begun) BeginSums(left, columns, begins, tile);
+  if (begun) BeginSums(wave, left, columns, begins, tile);
   for (int64_t block = 0; block < product.K; block += depth) {
     const int64_t rows = product.K - block < depth ? product.K - block : depth;
     const uint32_t* const begins_now = begun || block > 0 ? nullptr : begins;

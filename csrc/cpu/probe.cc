@@ -3,7 +3,6 @@
 // runs only where they are.
 #include "cpu/probe.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
